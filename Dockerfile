@@ -37,33 +37,22 @@ RUN apt-get update \
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
 # The list of what an image holds is written by a tool that the image does not hold.
-COPY requirements/sbom.lock requirements/
+COPY requirements/sbom.lock requirements/install_locked.sh requirements/
 RUN python -m venv /opt/venv && python -m venv /opt/sbom \
-    && /opt/sbom/bin/pip install --require-hashes --no-deps -r requirements/sbom.lock
-
-FROM build AS build-cpu
+    && PATH=/opt/sbom/bin:$PATH requirements/install_locked.sh requirements/sbom.lock
 
 # Dependencies in layers of their own, that changes of ours leave alone. torch's build for CPUs is
 # in an index of its own: --build-arg TORCH_INDEX=… names it, if pip's default index is another.
-ARG TORCH_INDEX=
-COPY requirements/cpu.lock requirements/torch-cpu.lock requirements/
-RUN grep '^setuptools==' requirements/cpu.lock >/tmp/build.lock \
-    && pip install --require-hashes --no-deps -r /tmp/build.lock \
-    && pip install --require-hashes --no-deps --no-build-isolation -r requirements/cpu.lock \
-    && pip install --require-hashes --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-         -r requirements/torch-cpu.lock \
-    && for unused in bin include test; do \
-         rm -rf "/opt/venv/lib/python3.11/site-packages/torch/$unused"; done
+FROM build AS build-cpu
 
+ARG TORCH_INDEX=
+COPY requirements/torch-cpu.lock requirements/
+RUN requirements/install_locked.sh requirements/torch-cpu.lock ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+COPY requirements/cpu.lock requirements/
+RUN requirements/install_locked.sh requirements/cpu.lock
 COPY . .
-# In place: the shim and numba's compiled kernels lie beside their source. pip is not needed again.
-RUN pip install --no-deps --no-build-isolation -e . \
-    && python -m shared.confinement \
-    && python -m gpu_worker.model_tools warm-up \
-    && /opt/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
-         --output-reproducible --of JSON -o /opt/starfish/sbom.cdx.json /opt/venv \
-    && pip uninstall -y pip \
-    && chmod -R go-w /opt/starfish /opt/venv
+RUN requirements/install_project.sh torch/bin torch/include torch/test \
+      mooncake/mooncake_client mooncake/mooncake_master mooncake/transfer_engine_bench
 
 FROM runtime AS cpu
 
@@ -75,18 +64,10 @@ CMD ["starfish", "--help"]
 FROM build AS build-cuda
 
 COPY requirements/cuda.lock requirements/
-RUN grep '^setuptools==' requirements/cuda.lock >/tmp/build.lock \
-    && pip install --require-hashes --no-deps -r /tmp/build.lock \
-    && pip install --require-hashes --no-deps --no-build-isolation -r requirements/cuda.lock
-
+RUN requirements/install_locked.sh requirements/cuda.lock
 COPY . .
-RUN pip install --no-deps --no-build-isolation -e . \
-    && python -m shared.confinement \
-    && python -m gpu_worker.model_tools warm-up \
-    && /opt/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
-         --output-reproducible --of JSON -o /opt/starfish/sbom.cdx.json /opt/venv \
-    && pip uninstall -y pip \
-    && chmod -R go-w /opt/starfish /opt/venv
+RUN requirements/install_project.sh torch/bin torch/test \
+      mooncake/mooncake_client mooncake/mooncake_master mooncake/transfer_engine_bench
 
 # Mooncake's kernels depend on the card and on the model's sizes, Triton's on the card: both are
 # compiled when a rank first needs them, and kept in the volume /var/lib/starfish. So this image,

@@ -4,10 +4,12 @@ under each attack, in one run.
     python -m benchmarks.hostile --rounds 5 --seconds 4
 
 `starfish up` with two API keys. The one client reads a few streams all the time. The hostile one is
-a process of its own (`benchmarks.hostile_client`), at a low priority: a real one
-has a machine of its own, but here its work is done on the same cores. In each round every attack
-has its turn, with peace before it; the order changes. Each attack is compared with the peace of its
-own turns, so that other load on the machine matters little.
+a process of its own (`benchmarks.hostile_client`), at a low priority: a real one has a machine of
+its own, but here its work is done on the same cores. So after each attack comes a *control*: the
+same process asks nobody for anything, but computes for as much CPU time as the attack has cost it.
+In each round every attack has its turn, with peace before it; the order changes. Each attack is
+compared with the peace and the control of its own turns, so that other load on the machine matters
+little.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.hostile_client import ATTACKS, EVERYTHING
+from benchmarks.hostile_client import ATTACKS, EVERYTHING, SPEND
+from benchmarks.process_times import HOSTILE, CpuTimes, cpu_times, difference
 from cli.bench.stats import percentile
 from cli.bench.stream_client import (
     StreamClient,
@@ -48,12 +52,14 @@ SETTLE_S = 1.0
 """After an attack, before peace is measured: what it asked for ends."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """From `begin` to `end`, on the clock's time."""
+    """From `begin` to `end`, on the clock's time. `cpu` is what was used meanwhile, by kind of
+    process."""
 
     begin: float
     end: float
+    cpu: Mapping[str, CpuTimes]
 
 
 @dataclass(slots=True)
@@ -62,7 +68,21 @@ class Attacked:
 
     peace: list[Window] = field(default_factory=list)
     attack: list[Window] = field(default_factory=list)
+    control: list[Window] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)
+
+
+class Gaps(NamedTuple):
+    """Between two tokens of a stream, ms."""
+
+    p50: float
+    p99: float
+    longest: float
+
+    @classmethod
+    def of(cls, streams: Streams, windows: Iterable[Window]) -> Gaps:
+        gaps = [gap for window in windows for gap in streams.gaps_ms(window)]
+        return cls(percentile(gaps, 50), percentile(gaps, 99), percentile(gaps, 100))
 
 
 class Streams:
@@ -108,11 +128,21 @@ class Hostile:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
-    async def attack(self, name: str) -> Counter[str]:
-        """ "" for none. Returns the answers to the attack before."""
+    async def attack(self, name: str) -> None:
+        await self._ask(name)
+
+    async def spend(self, share: float) -> None:
+        """Computes on this share of a core."""
+        await self._ask(f"{SPEND} {share:.3f}")
+
+    async def rest(self) -> Counter[str]:
+        """Returns the answers to the attack that ends by it."""
+        return await self._ask("")
+
+    async def _ask(self, line: str) -> Counter[str]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(f"{name}\n".encode())
+        self._process.stdin.write(f"{line}\n".encode())
         async with asyncio.timeout(300):
             return Counter(json.loads(await self._process.stdout.readline()))
 
@@ -132,36 +162,46 @@ async def hostile_client(url: str, model: str, key: str) -> AsyncIterator[Hostil
         await process.wait()
 
 
+async def watch(seconds: float, clock: SystemClock) -> Window:
+    begin, before = clock.now(), await asyncio.to_thread(cpu_times)
+    await asyncio.sleep(seconds)
+    end, after = clock.now(), await asyncio.to_thread(cpu_times)
+    return Window(begin=begin, end=end, cpu=difference(before, after))
+
+
 async def measure(
-    streams: Streams, hostile: Hostile, names: list[str], options: argparse.Namespace
+    hostile: Hostile, names: list[str], options: argparse.Namespace
 ) -> dict[str, Attacked]:
     clock, rng = SystemClock(), random.Random(options.seed)
     found = {name: Attacked() for name in names}
     for number in range(options.rounds):
         for name in rng.sample(names, len(names)):
-            began = clock.now()
-            await asyncio.sleep(options.seconds)
-            found[name].peace.append(Window(began, clock.now()))
-            began = clock.now()
+            turns = found[name]
+            turns.peace.append(await watch(options.seconds, clock))
             await hostile.attack(name)
-            await asyncio.sleep(options.seconds)
-            found[name].attack.append(Window(began, clock.now()))
-            found[name].answers += await hostile.attack("")
+            attack = await watch(options.seconds, clock)
+            turns.attack.append(attack)
+            turns.answers += await hostile.rest()
             await asyncio.sleep(SETTLE_S)
+            share = attack.cpu[HOSTILE].used_s / (attack.end - attack.begin)
+            await hostile.spend(max(0.01, share))
+            turns.control.append(await watch(options.seconds, clock))
+            await hostile.rest()
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
     return found
 
 
 def report(streams: Streams, found: dict[str, Attacked]) -> None:
     print(
-        "| attack | peace p50 / p99, ms | attacked p50 / p99 / max | p99 × | per round | "
-        "first token p50 × | answers |\n|---|---|---|---|---|---|---|"
+        "| attack | peace p50 / p99, ms | attacked p50 / p99 / max | p99 × | of rounds | "
+        "control p50 / p99 | p99 × of control | first token p50 × | answers |\n" + "|---" * 9 + "|"
     )
     for name, turns in found.items():
-        peace = [gap for window in turns.peace for gap in streams.gaps_ms(window)]
-        attacked = [gap for window in turns.attack for gap in streams.gaps_ms(window)]
+        peace, attacked, control = (
+            Gaps.of(streams, windows) for windows in (turns.peace, turns.attack, turns.control)
+        )
         ratios = [
-            percentile(streams.gaps_ms(a), 99) / percentile(streams.gaps_ms(p), 99)
+            Gaps.of(streams, [a]).p99 / Gaps.of(streams, [p]).p99
             for p, a in zip(turns.peace, turns.attack, strict=True)
         ]
         first = [
@@ -170,15 +210,32 @@ def report(streams: Streams, found: dict[str, Attacked]) -> None:
         ]
         answers = ", ".join(f"{what}: {n}" for what, n in sorted(turns.answers.items()))
         print(
-            f"| {name} | {percentile(peace, 50):.1f} / {percentile(peace, 99):.1f} | "
-            f"{percentile(attacked, 50):.1f} / {percentile(attacked, 99):.1f} / "
-            f"{percentile(attacked, 100):.0f} | "
-            f"{percentile(attacked, 99) / percentile(peace, 99):.2f} | "
+            f"| {name} | {peace.p50:.1f} / {peace.p99:.1f} | "
+            f"{attacked.p50:.1f} / {attacked.p99:.1f} / {attacked.longest:.0f} | "
+            f"{attacked.p99 / peace.p99:.2f} | "
             f"{min(ratios):.1f} … {statistics.median(ratios):.1f} … {max(ratios):.1f} | "
+            f"{control.p50:.1f} / {control.p99:.1f} | {attacked.p99 / control.p99:.2f} | "
             f"{first[1] / first[0]:.1f} | {answers} |"
         )
+    print("\nCPU: used / waited for, in cores")
+    for name, turns in found.items():
+        for kind in ("peace", "attack", "control"):
+            print(f"{name}, {kind}: {_cores(getattr(turns, kind))}")
     if streams.errors:
         print(f"\nthe other client's errors: {dict(streams.errors)}")
+
+
+def _cores(windows: list[Window]) -> str:
+    seconds = sum(window.end - window.begin for window in windows)
+    totals: dict[str, CpuTimes] = {}
+    for window in windows:
+        for kind, times in window.cpu.items():
+            before = totals.get(kind, CpuTimes(0.0, 0.0))
+            totals[kind] = CpuTimes(before.used_s + times.used_s, before.waited_s + times.waited_s)
+    return ", ".join(
+        f"{kind} {times.used_s / seconds:.2f} / {times.waited_s / seconds:.2f}"
+        for kind, times in sorted(totals.items())
+    )
 
 
 async def run(options: argparse.Namespace, folder: Path) -> None:
@@ -215,7 +272,7 @@ async def _run_at(
             ]
             try:
                 await asyncio.sleep(3.0)
-                found = await measure(streams, hostile, names, options)
+                found = await measure(hostile, names, options)
             finally:
                 for reader in readers:
                     reader.cancel()

@@ -2,7 +2,8 @@
 of its own, so that the work of attacking does not delay the measuring client.
 
 It reads names of attacks from standard input, a line each: a name begins that attack, an empty line
-ends it, and each line is answered by one: what the attack's requests were answered so far."""
+ends it, and each line is answered by one: what the attack's requests were answered so far. "spend
+0.8" asks nobody for anything, and computes on 0.8 of a core."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import json
 import os
 import random
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -56,6 +59,20 @@ class Attacker:
     async def choices(self) -> None:
         await self.complete(prompt=self.prompt(8), n=128, stream=True)
 
+    async def sampling(self) -> None:
+        """What the host computes for each token: as much as a request may ask for."""
+        await self.complete(
+            prompt=self.prompt(8),
+            n=64,
+            stream=True,
+            temperature=1.0,
+            min_p=0.01,
+            top_p=0.9,
+            repetition_penalty=1.1,
+            logit_bias={str(token): 0.5 for token in range(300, 1324)},
+            bad_words=[f"{number} and {number}" for number in range(128)],
+        )
+
     async def long_prompts(self) -> None:
         await self.complete(prompt=self.prompt(_CONTEXT_TOKENS), max_tokens=1)
 
@@ -91,6 +108,29 @@ class Attacker:
         """Bodies that grow: to nothing but zeros, and to as much as a body may have."""
         for body in CODED:
             await self.post("/v1/completions", body, **{"Content-Encoding": "gzip"})
+
+    async def small_chunks(self) -> None:
+        """A body in chunks of one byte."""
+        host, port = self._url.removeprefix("http://").split(":")
+        key = self._http.headers.get("Authorization", "")
+        header = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n"
+            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        try:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            try:
+                writer.write(header.encode() + SMALL_CHUNKS)
+                self.answers[(await reader.readline()).decode()[9:12]] += 1
+            finally:
+                writer.transport.abort()
+        except OSError as error:
+            self.answers[type(error).__name__] += 1
+
+    async def metrics(self) -> None:
+        async with self._http.get(self._url + "/metrics") as response:
+            await response.read()
+            self.answers[str(response.status)] += 1
 
     async def small_requests(self) -> None:
         await self.complete(prompt=[5], max_tokens=1)
@@ -135,16 +175,20 @@ CHATS = [
     json.dumps({"max_tokens": 4, "messages": [{"role": "user", "content": ""}] * number}).encode()
     for number in (4_000, 100_000)
 ]
+SMALL_CHUNKS = b"1\r\n \r\n" * 300_000 + b"0\r\n\r\n"
 CODED = [gzip.compress(bytes(64 << 20)), *(gzip.compress(body) for body in JUNK[1:4])]
 
 ATTACKS: dict[str, list[tuple[Callable[[Attacker], Awaitable[None]], int]]] = {
     "choices": [(Attacker.choices, 16)],
+    "sampling": [(Attacker.sampling, 16)],
     "long prompts": [(Attacker.long_prompts, 16)],
     "prompt log-probabilities": [(Attacker.prompt_logprobs, 8)],
     "grammars": [(Attacker.grammars, 8)],
     "templates": [(Attacker.templates, 8)],
     "4 MB bodies": [(Attacker.junk, 8)],
     "4 MB bodies elsewhere": [(Attacker.junk_elsewhere, 8)],
+    "small chunks": [(Attacker.small_chunks, 8)],
+    "metrics": [(Attacker.metrics, 16)],
     "coded bodies": [(Attacker.coded, 8)],
     "small requests": [(Attacker.small_requests, 64)],
     "refused requests": [(Attacker.refused_requests, 64)],
@@ -152,12 +196,38 @@ ATTACKS: dict[str, list[tuple[Callable[[Attacker], Awaitable[None]], int]]] = {
 }
 """By name: what is done, and by how many tasks at once, again and again."""
 EVERYTHING = "everything"
+SPEND = "spend"
+_SPENT_AT_ONCE_S = 0.5e-3
 
 
 def tasks_of(name: str) -> list[tuple[Callable[[Attacker], Awaitable[None]], int]]:
     if name == EVERYTHING:
         return [each for attack in ATTACKS.values() for each in attack]
     return ATTACKS[name]
+
+
+class Spending:
+    """A thread that computes on a share of a core, as far as it gets one, until `end`."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        while not self._ends.is_set():
+            until = time.thread_time() + _SPENT_AT_ONCE_S
+            while time.thread_time() < until:
+                pass
+            owed_s = (time.monotonic() - began) * self._share - time.thread_time()
+            if owed_s < 0:
+                time.sleep(-owed_s / self._share)
 
 
 async def repeat(attacker: Attacker, attack: Callable[[Attacker], Awaitable[None]]) -> None:
@@ -176,8 +246,12 @@ async def serve(url: str, model: str, key: str) -> None:
     async with aiohttp.ClientSession(timeout=timeout, headers=headers, connector=connector) as http:
         attacker = Attacker(http, url, model)
         running: list[asyncio.Task[None]] = []
+        spending: Spending | None = None
         while line := await reader.readline():
-            name = line.decode().strip()
+            name, _, share = line.decode().strip().partition(f"{SPEND} ")
+            if spending is not None:
+                spending.end()
+            spending = Spending(float(share)) if share else None
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)

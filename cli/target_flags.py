@@ -131,4 +131,11 @@ class GatewayFlags:
         """None if the instance has no known gateway. Raises ConfigError if there is no instance."""
         if self.url:
             return self.url
-        return resolve_target(store=None, instance=self.instance, run_dir=self.run_dir).url
+        return self._found().url
+
+    def target(self) -> Target | None:
+        """The whole instance; None if only an address was given. Raises ConfigError."""
+        return None if self.url else self._found()
+
+    def _found(self) -> Target:
+        return resolve_target(store=None, instance=self.instance, run_dir=self.run_dir)

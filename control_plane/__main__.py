@@ -37,7 +37,7 @@ from shared.keys import Keys
 from shared.lifeline import watch_lifeline
 from shared.listener import ADMIN_LISTEN_FLAGS, inherited_listener, listen_on
 from shared.logs import configure_logs
-from shared.model_spec import read_model_spec
+from shared.model_spec import read_model_spec, with_drafts
 from shared.secret import read_secret
 from shared.server_certificate import ServerCertificate, trusting
 
@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str]) -> ControlPlaneConfig:
 
 async def serve(config: ControlPlaneConfig) -> None:
     """Runs until SIGTERM, SIGINT or the end of the lifeline. Raises StarfishError."""
-    model = read_model_spec(config.model_folder)
+    model = with_drafts(read_model_spec(config.model_folder), config.speculative_tokens)
     access = Access(config.instance, read_secret(config.secret_file))
     metrics = Metrics()
     stop = stop_event(config.lifeline_fd)

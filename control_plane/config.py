@@ -46,6 +46,11 @@ class ControlPlaneConfig:
     context_tokens_max: int = option(
         0, "longest prompt and answer together, in tokens; 0: what the model was made for"
     )
+    speculative_tokens: int = option(
+        0,
+        "tokens that ranks draft for a sequence and verify in its next step, by the checkpoint's "
+        "layer of multi-token prediction; answers stay the same; 0 or 1, on CPUs alone",
+    )
     name: str = option("", "name of this control plane in etcd; default: host and pid")
     leader_ttl_s: float = option(
         2.0, "lease of the leader key; a killed leader is replaced after it"
@@ -134,6 +139,10 @@ class ControlPlaneConfig:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
         if self.context_tokens_max < 0:
             raise ConfigError("--context-tokens-max must not be negative")
+        if self.speculative_tokens not in (0, 1):
+            raise ConfigError(
+                f"--speculative-tokens {self.speculative_tokens}: pass 1, or 0 for none"
+            )
         if self.leader_ttl_s < 1:
             raise ConfigError("--leader-ttl-s must be at least 1: etcd grants no shorter lease")
         if self.admin_port >= 0 and self.admin_token_file is None:
@@ -189,7 +198,8 @@ class ControlPlaneConfig:
 
 
 def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
-    """Raises ConfigError if the ranks cannot hold every expert, and CheckpointError."""
+    """`model` is as the ranks serve it, with the layers that draft. Raises ConfigError if the ranks
+    cannot hold every expert, and CheckpointError."""
     folder = config.model_folder.resolve()
     experts, ranks = model.num_experts, config.ranks
     redundant = config.redundant_experts
@@ -222,6 +232,7 @@ def instance_spec(config: ControlPlaneConfig, model: ModelSpec) -> InstanceSpec:
         vocab_size=model.vocab_size,
         weights=weights_identity(folder),
         ranks_max=config.ranks_max,
+        speculative_tokens=config.speculative_tokens,
     )
 
 

@@ -1,5 +1,5 @@
-"""Checks of the project's Markdown that a site generator does not make: the width of prose, and
-that every file that a page names is there."""
+"""Checks of the project's Markdown that a site generator does not make: the width of prose, that
+every file that a page names is there, and that the index lists every page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COLUMNS_MAX = 100
+INDEX = "docs/index.md"
 # Read by other programs, or beside the model that they describe.
 NOT_OURS = ("models/", "examples/", "docs/reference/")
 # Prefixes of keys in etcd, which look like folders.
@@ -28,6 +29,21 @@ def main() -> int:
 
 def check_all() -> list[str]:
     tracked = list_files()
+    return [
+        *unlisted_pages((ROOT / INDEX).read_text(), tracked),
+        *_check_pages(tracked),
+    ]
+
+
+def unlisted_pages(index: str, tracked: list[str]) -> Iterator[str]:
+    """One sentence for each page of the documentation to which the index has no link."""
+    listed = {f"docs/{target}" for target, _ in _LINK.findall(index)}
+    for name in tracked:
+        if name.startswith("docs/") and name.endswith(".md") and name not in {INDEX, *listed}:
+            yield f"{INDEX}: does not list {name}"
+
+
+def _check_pages(tracked: list[str]) -> list[str]:
     return [
         problem
         for name in tracked

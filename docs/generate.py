@@ -21,7 +21,7 @@ from prometheus_client.core import Metric
 from cli.__main__ import app
 from control_plane.config import ControlPlaneConfig
 from control_plane.telemetry import Metrics
-from gateway.api.http_app import IGNORED_FIELDS_HEADER
+from gateway.api.ignored_fields import IGNORED_FIELDS_HEADER
 from gateway.api.request_fields import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,

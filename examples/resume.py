@@ -13,6 +13,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+LAST_TYPES = ("message_stop", "response.completed", "response.incomplete")
+"""Of `/v1/messages` and `/v1/responses`, which have no `[DONE]`."""
+
 
 def stream(urls: list[str], path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The events. Tries the gateways in turn for as long as it takes; raises ValueError if one
@@ -34,9 +37,11 @@ def stream(urls: list[str], path: str, body: dict[str, Any]) -> Iterator[dict[st
                     event_id = value
                 elif value == "[DONE]":
                     return
-                elif name == "data" and "error" not in (event := json.loads(value)):
+                elif name == "data" and event_id != last_id:
                     last_id = event_id
-                    yield event
+                    yield (event := json.loads(value))
+                    if event.get("type") in LAST_TYPES:
+                        return
         except (OSError, http.client.HTTPException):
             pass  # the gateway is gone: another one, or its successor, goes on
         finally:

@@ -68,7 +68,11 @@ def parsed_arguments(arguments: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = msgspec.json.decode(arguments)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except RecursionError as error:
+            raise RequestError(
+                "messages: the arguments of a tool call are nested too deeply", param="messages"
+            ) from error
+        except msgspec.DecodeError as error:
             raise RequestError(
                 f"messages: the arguments of a tool call are not JSON ({error}); send the call's "
                 "arguments whole, as the model wrote them",

@@ -80,10 +80,10 @@ class GatewayConfig:
     grammar_memory_mb: int = option(
         MEMORY_MB_DEFAULT, "memory of the process in which grammars are checked; beyond it: 400"
     )
-    guided_decoding_disable_any_whitespace: bool = option(
+    structured_outputs_disable_any_whitespace: bool = option(
         False,
         "guided JSON has no white space between its tokens, unless a request has a "
-        "guided_whitespace_pattern; without this, a space or a new line with an indent",
+        "whitespace_pattern; without this, a space or a new line with an indent",
     )
     logprobs_max: int = option(
         1_000_000,

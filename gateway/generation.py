@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from operator import attrgetter
 from types import TracebackType
 
 from gateway.choice_reader import ChoiceReader, Delta, PromptTask
 from gateway.detokenizer import TokenBytes
+from gateway.opening_pace import AT_ONCE
 from gateway.request_tag import NO_TAG, RequestTag
 from gateway.session_driver import SessionDriver
 from gateway.session_state import Failure, SessionFailed
@@ -21,7 +22,8 @@ PassOn = Callable[[Delta], bool]
 
 
 class Generation:
-    """A context manager: opens the sessions on entry, and cancels them on exit."""
+    """A context manager: opens the sessions on entry, a few in each `turn`, and cancels them on
+    exit."""
 
     def __init__(
         self,
@@ -30,11 +32,13 @@ class Generation:
         token_bytes: TokenBytes,
         tasks: Sequence[PromptTask],
         streaming: bool,
+        turn: Callable[[bool], Awaitable[None]],
         tag: RequestTag = NO_TAG,
     ) -> None:
         self._driver = driver
         self._token_bytes = token_bytes
         self._tasks = tasks
+        self._turn = turn  # to open the next few; told whether they are the first
         self._tag = tag
         # An answer that is not streamed is read once, at its end, unless a stop string may end it.
         self._eager = streaming or any(task.stops for task in tasks)
@@ -74,36 +78,48 @@ class Generation:
         members = [reader.session.member for reader in self._readers]
         return [member.rank for member in members if member is not None]
 
-    def __enter__(self) -> Generation:
-        for index, task in enumerate(self._tasks):
-            session = self._driver.open(
-                task.prompt,
-                task.sampling,
-                self._wake,
-                scheduling=task.scheduling,
-                expires_at=task.expires_at,
-                stream_key=task.stream_key,
-                home_rank=task.read.rank,
-                tag=self._tag,
-            )
-            text = TextStream(
-                self._token_bytes,
-                follows=task.hidden_prompt,
-                stops=task.stops,
-                min_tokens=task.sampling.min_tokens,
-                include_stop=task.include_stop,
-            )
-            self._readers.append(ChoiceReader(index, session, text, task))
-        self._open = {reader.session.id: reader for reader in self._readers}
-        self._woken = dict(self._open)
+    async def __aenter__(self) -> Generation:
+        try:
+            for index, task in enumerate(self._tasks):
+                if index % AT_ONCE == 0:
+                    await self._turn(index == 0)
+                self._open_choice(index, task)
+        except BaseException:
+            self._cancel()
+            raise
         return self
 
-    def __exit__(
+    def _open_choice(self, index: int, task: PromptTask) -> None:
+        session = self._driver.open(
+            task.prompt,
+            task.sampling,
+            self._wake,
+            scheduling=task.scheduling,
+            expires_at=task.expires_at,
+            stream_key=task.stream_key,
+            home_rank=task.read.rank,
+            tag=self._tag,
+        )
+        text = TextStream(
+            self._token_bytes,
+            follows=task.hidden_prompt,
+            stops=task.stops,
+            min_tokens=task.sampling.min_tokens,
+            include_stop=task.include_stop,
+        )
+        reader = ChoiceReader(index, session, text, task)
+        self._readers.append(reader)
+        self._open[session.id] = self._woken[session.id] = reader
+
+    async def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._cancel()
+
+    def _cancel(self) -> None:
         for reader in self._readers:
             self._driver.cancel(reader.session)
 

@@ -178,9 +178,9 @@ class GatewayMetrics:
         if len(session.emitted) > 1:
             self._gap.observe(session.longest_gap_s)
 
-    def render(self, accept: str) -> tuple[bytes, str]:
+    def render(self, form: str) -> tuple[bytes, str]:
         """See `render_metrics`."""
-        return render_metrics(self._registry, accept)
+        return render_metrics(self._registry, form)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, text, labels, registry=self._registry)

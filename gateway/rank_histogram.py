@@ -4,7 +4,7 @@ library's lock and checks. For one thread; the exposition is the library's."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client.core import HistogramMetricFamily
@@ -35,11 +35,19 @@ class RankHistogram:
         counts[-1] += value
 
     def family(
-        self, name: str, text: str, *, label: str, others: Mapping[str, str]
+        self,
+        name: str,
+        text: str,
+        *,
+        label: str,
+        others: Mapping[str, str],
+        begun: Collection[str] = (),
     ) -> HistogramMetricFamily:
-        """One series for each rank, with the rank in `label`, and the labels `others`."""
+        """One series for each rank, with the rank in `label`, and the labels `others`. Ranks of
+        which nothing has been observed have one if their label is among `begun`."""
         family = HistogramMetricFamily(name, text, labels=[*others, label])
-        for value, counts in self._by_label.items():
+        unseen = dict.fromkeys(begun, [0.0] * (self._num_bounds + 2))
+        for value, counts in (unseen | self._by_label).items():
             buckets, total = self._exposed(counts)
             family.add_metric([*others.values(), value], buckets=buckets, sum_value=total)
         return family

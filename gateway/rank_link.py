@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shared.clock import Clock
 from shared.errors import WireError
@@ -20,6 +21,10 @@ CONNECT_TIMEOUT_S = 1.0
 BACKOFF_MIN_S = 0.02
 BACKOFF_MAX_S = 1.0
 UNSENT_BYTES_MAX = 32 << 20
+CONGESTED_BYTES = 4 << 20
+"""With more than this unsent, whoever can wait does."""
+STANDS_STILL_S = 1.0
+"""Of more than UNSENT_BYTES_MAX, a rank that is there has taken some after this long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +35,11 @@ class LinkEvents:
     tokens: Callable[[Member, Tokens], None]
     pong: Callable[[Member, Pong], None]
     broken: Callable[[Member, SuspicionReason, str], None]
+
+
+class _Backlog(NamedTuple):
+    taken_bytes: int
+    since: float  # when it had taken so many
 
 
 class RankLink:
@@ -55,17 +65,37 @@ class RankLink:
         self._tenants: tuple[TenantName, ...] = ()
         self.heard_at = clock.now()  # the last message
         self._probed_at: float | None = None  # time of the probe that has no answer yet
+        self._sent_bytes = 0
+        self._backlog: _Backlog | None = None  # while there is more than UNSENT_BYTES_MAX
+
+    @property
+    def is_congested(self) -> bool:
+        return self._writer is not None and (
+            self._writer.transport.get_write_buffer_size() > CONGESTED_BYTES
+        )
 
     def send(self, message: Submit | Cancel) -> bool:
-        """Returns False if the link is not open. The link breaks if the rank reads so slowly that
-        more than UNSENT_BYTES_MAX are unsent."""
+        """Returns False if the link is not open. The link breaks if the rank takes nothing of more
+        than UNSENT_BYTES_MAX that are unsent."""
         if self._writer is None or self._writer.transport.is_closing():
             return False
-        if self._writer.transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+        if self._is_stuck(self._writer.transport.get_write_buffer_size()):
             self._writer.transport.abort()
             return False
-        self._writer.write(encode(message))
+        frame = encode(message)
+        self._sent_bytes += len(frame)
+        self._writer.write(frame)
         return True
+
+    def _is_stuck(self, unsent_bytes: int) -> bool:
+        """Much to send is not the rank's fault: a death moves sessions of thousands of tokens."""
+        if unsent_bytes <= UNSENT_BYTES_MAX:
+            self._backlog = None
+            return False
+        now, total = self._clock.now(), self._sent_bytes - unsent_bytes
+        if self._backlog is None or total > self._backlog.taken_bytes:
+            self._backlog = _Backlog(total, now)
+        return now - self._backlog.since > STANDS_STILL_S
 
     def probe(self, quiet_s: float) -> float:
         """Sends a Ping if nothing was received for `quiet_s` seconds and no Pong is outstanding.

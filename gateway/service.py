@@ -26,6 +26,7 @@ from gateway.api.http_listener import HttpListener, quiet_http_logger
 from gateway.api.request_admission import RequestAdmission
 from gateway.api.request_log import RequestLog
 from gateway.api.resumption import Resumption
+from gateway.api.unread_bodies import UnreadBodies
 from gateway.api_key_watch import ApiKeyWatch
 from gateway.cache_salt import CacheSalts
 from gateway.cluster_view import ClusterWatch
@@ -35,6 +36,7 @@ from gateway.handover import hand_over
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
+from gateway.opening_pace import OpeningPace
 from gateway.preparation import GRAMMARS_RUNNING_MAX, Preparation
 from gateway.request_pacer import RequestPacer
 from gateway.routing_policy import routing_policy
@@ -53,6 +55,7 @@ from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import GatewayRecord
 from shared.release import own_release
+from shared.request_body import READ_BYTES
 from shared.server_certificate import ServerCertificate
 from shared.store import Store
 from shared.tracing import Tracer
@@ -102,6 +105,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
     )
     salts = CacheSalts(dependencies.access.secret, share=config.share_prefix_cache)
     preparation = Preparation()
+    pacer = RequestPacer()
     async with asyncio.TaskGroup() as tasks:
         driver = SessionDriver(
             caller=caller,
@@ -136,7 +140,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
                 step_s=0.0,  # it only compiles
                 memory_mb=config.grammar_memory_mb,
             ),
-            json_space=NO_SPACE if config.guided_decoding_disable_any_whitespace else JSON_SPACE,
+            json_space=NO_SPACE if config.structured_outputs_disable_any_whitespace else JSON_SPACE,
         )
         app = HttpApp(
             driver=driver,
@@ -150,9 +154,10 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             authenticator=Authenticator(
                 lambda: dependencies.api_keys.keys,
                 metrics,
-                RequestPacer(),
+                pacer,
                 metrics_need_key=config.metrics_need_key,
             ),
+            pace=OpeningPace(pacer, lambda: driver.is_congested),
             request_log=RequestLog(dependencies.clock, access_log=config.access_log),
             clock=dependencies.clock,
             metrics=metrics,
@@ -220,12 +225,14 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             tasks.create_task(dependencies.api_keys.run()),
         ]
         runner = web.AppRunner(
-            app.build(http_listener.track_request),
+            app.build(http_listener.track_request, UnreadBodies().take),
             handler_cancellation=True,  # a client that leaves ends its sessions
             access_log=None,
             logger=quiet_http_logger(),
             auto_decompress=False,  # `request_body` does it, within limits
             shutdown_timeout=CLOSE_TIMEOUT_S,
+            lingering_time=0.0,  # `UnreadBodies` does it
+            read_bufsize=READ_BYTES,
         )
         await runner.setup()
         certificate = _certificate(config)

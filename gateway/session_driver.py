@@ -130,6 +130,11 @@ class SessionDriver:
         """See `Load`: on all ranks."""
         return self._rank_chooser.kv_replicas_rejected
 
+    @property
+    def is_congested(self) -> bool:
+        """Whether a rank has not read much of what was sent to it."""
+        return any(link.is_congested for link, _ in self._links.values())
+
     def live_ranks(self) -> list[Member]:
         return self._rank_chooser.live()
 

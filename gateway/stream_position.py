@@ -6,6 +6,7 @@
                              which are (f) its last
     id: NAME.b2              2 of the events that open the choices
     id: NAME.u               everything but the end of the stream
+    id: NAME.12r3+57         57 events are read; only where events have numbers
 
 An event tells of all tokens of its choice up to its id. So what is before it is left out when the
 stream is resumed, and the events after it are those that would have followed."""
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared.types import RankId
 
@@ -24,6 +25,7 @@ CHOICES_MAX = 16
 _CHOICE = re.compile(r"(\d{1,9})(e?)(?:r(\d{1,5}))?", re.ASCII)
 _PART = re.compile(r"(\d{1,3})\.(\d{1,9})\.(\d{1,6})(f?)", re.ASCII)
 _OPENING = re.compile(r"b(\d{1,3})", re.ASCII)
+_NUM_EVENTS = re.compile(r"\d{1,9}", re.ASCII)
 _EVERYTHING = "u"
 
 
@@ -50,15 +52,26 @@ class ChoicePosition:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamPosition:
     """`num_opened`: so many of the events that open the choices are read. `all_read`: all events
-    are, the one with the usage included."""
+    are, the one with the usage included. `num_events` are read, where they are counted."""
 
     choices: tuple[ChoicePosition, ...] = ()
     num_opened: int = 0
     all_read: bool = False
+    num_events: int = 0
 
 
 def read_position(text: str) -> StreamPosition | None:
     """None if it is no position."""
+    place, plus, spelt_count = text.partition("+")
+    if not plus:
+        return _read_place(place)
+    found = _read_place(place)
+    if found is None or _NUM_EVENTS.fullmatch(spelt_count) is None:
+        return None
+    return replace(found, num_events=int(spelt_count))
+
+
+def _read_place(text: str) -> StreamPosition | None:
     if text == _EVERYTHING:
         return StreamPosition(all_read=True)
     if (opening := _OPENING.fullmatch(text)) is not None:
@@ -88,19 +101,21 @@ def _with_part(choice: ChoicePosition, found: re.Match[str]) -> ChoicePosition:
 
 
 class PositionWriter:
-    """Writes the lines with the ids of one stream's events. `spelt_name` begins each id."""
+    """Writes the lines with the ids of one stream's events. `spelt_name` begins each id. Every line
+    is one event's: they are counted if `num_events` are read already."""
 
-    def __init__(self, spelt_name: str, num_choices: int) -> None:
+    def __init__(self, spelt_name: str, num_choices: int, num_events: int | None = None) -> None:
         self._begin = b"id: " + spelt_name.encode() + b"."
+        self._num_events = num_events
         self._choices = [b"0"] * num_choices
         self._line = b""
         self._join()
 
     def opening(self, num_opened: int) -> bytes:
-        return b"%bb%d\n" % (self._begin, num_opened)
+        return self._counted(b"%bb%d\n" % (self._begin, num_opened))
 
     def everything(self) -> bytes:
-        return self._begin + _EVERYTHING.encode() + b"\n"
+        return self._counted(self._begin + _EVERYTHING.encode() + b"\n")
 
     def advance(self, choice: int, num_tokens: int, *, ended: bool, rank: int) -> None:
         """Choice number `choice` is read up to here from now on. `rank` below 0: it has none."""
@@ -111,12 +126,18 @@ class PositionWriter:
 
     def line(self) -> bytes:
         """For an event after which everything up to the last `advance` is read."""
-        return self._line
+        return self._counted(self._line)
 
     def part_line(self, choice: int, part: PartlyRead) -> bytes:
         """For an event in the middle of what comes after the last `advance`."""
         spelt = b"~%d.%d.%d" % (choice, part.num_tokens, part.num_events)
-        return self._line[:-1] + spelt + (b"f\n" if part.is_last else b"\n")
+        return self._counted(self._line[:-1] + spelt + (b"f\n" if part.is_last else b"\n"))
+
+    def _counted(self, line: bytes) -> bytes:
+        if self._num_events is None:
+            return line
+        self._num_events += 1
+        return b"%b+%d\n" % (line[:-1], self._num_events)
 
     def _join(self) -> None:
         self._line = self._begin + b"-".join(self._choices) + b"\n"

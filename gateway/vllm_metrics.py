@@ -5,7 +5,7 @@ sums over gateways are right; only the use of KV blocks is the rank's."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,14 +20,18 @@ from shared.wire import Load
 NO_ENGINE = "none"
 """Of sessions that wait for a rank."""
 
-_TOKEN_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0, 40.0)
+# vLLM's boundaries, which rules about latencies name, and finer ones for what is fast here.
+_TOKEN_S = (
+    *(0.005, 0.01, 0.02, 0.025, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
 _FIRST_TOKEN_S = (
-    *(0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
 )
 _REQUEST_S = (
     *(0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0),
-    *(30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0),
+    *(30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 _TOKENS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 
@@ -35,6 +39,7 @@ _ENDED = {
     SessionState.CANCELLED: "abort",
     SessionState.FAILED: "error",
 }
+_REASONS = (FinishReason.STOP.value, FinishReason.LENGTH.value, *_ENDED.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +119,10 @@ class VllmMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         model = {"model_name": self.sources.model_name()}
+        # From 0 on: a series that begins with 1 has not increased for who watches it.
+        begun = list(dict.fromkeys(map(rank_label, self.sources.ranks())))
         yield from self._gauges(model)
-        yield from self._counters(model)
+        yield from self._counters(model, begun)
         for name, text, histogram in (
             ("time_to_first_token_seconds", "From admission to the first token", self._first_token),
             ("inter_token_latency_seconds", "Between two batches of a stream", self.inter_token),
@@ -135,7 +142,7 @@ class VllmMetrics(Collector):
             ("request_max_num_generation_tokens", "The same", self._answer_size),
             ("request_params_max_tokens", "max_tokens of a session", self._max_tokens),
         ):
-            yield histogram.family("vllm:" + name, text, label="engine", others=model)
+            yield histogram.family("vllm:" + name, text, label="engine", others=model, begun=begun)
 
     def _gauges(self, model: Mapping[str, str]) -> Iterable[Metric]:
         labels = [*model, "engine"]
@@ -162,7 +169,7 @@ class VllmMetrics(Collector):
             old_usage.add_metric(values, gauges.kv_usage)
         return running, waiting, usage, old_usage
 
-    def _counters(self, model: Mapping[str, str]) -> Iterable[Metric]:
+    def _counters(self, model: Mapping[str, str], begun: Sequence[str]) -> Iterable[Metric]:
         generated: Counter[str] = Counter()
         for rank, number in self.sources.generated().items():
             generated[rank_label(rank)] += number
@@ -171,11 +178,12 @@ class VllmMetrics(Collector):
             ("generation_tokens", "Tokens generated", generated),
             ("prefix_cache_queries", "Prompt tokens of ended sessions", self._queried_tokens),
             ("prefix_cache_hits", "Those that a KV cache held", self._cached_tokens),
+            ("prompt_tokens_cached", "The same", self._cached_tokens),
             ("gpu_prefix_cache_queries", "Older name of the same", self._queried_tokens),
             ("gpu_prefix_cache_hits", "Older name of the same", self._cached_tokens),
         ):
             family = CounterMetricFamily("vllm:" + name, text, labels=[*model, "engine"])
-            for label, count in counts.items():
+            for label, count in (dict.fromkeys(begun, 0) | counts).items():
                 family.add_metric([*model.values(), label], count)
             yield family
         success = CounterMetricFamily(
@@ -183,7 +191,8 @@ class VllmMetrics(Collector):
             "Sessions that ended",
             labels=[*model, "engine", "finished_reason"],
         )
-        for (label, reason), count in self._ended.items():
+        unseen = {(label, reason): 0 for label in begun for reason in _REASONS}
+        for (label, reason), count in (unseen | self._ended).items():
             success.add_metric([*model.values(), label, reason], count)
         yield success
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 import structlog
 
 from gpu_worker.config import RankConfig
-from gpu_worker.device_choice import uses_cuda
+from gpu_worker.device_choice import require_drafts, uses_cuda
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.grammar_service import GrammarService
 from gpu_worker.exchange.mooncake_engine import Protocols
@@ -101,6 +101,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     on_card = uses_cuda(config, model_spec)
     # Ranks of a dense model exchange nothing, so each is as if alone.
     num_ranks = spec.capacity if model_spec.moe_layers else 1
+    require_drafts(spec, on_card=on_card)
     if on_card:
         from gpu_worker.cuda.hardware import CudaHardware, step_tokens_with_peers
 

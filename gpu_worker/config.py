@@ -132,7 +132,13 @@ class RankConfig:
         0,
         "most tokens of one API key in a step while other keys have requests, for its weight, or "
         "as many as the other that decodes least: so one client's requests lengthen the steps of "
-        "others by so much; 0: 8 on CPUs, no limit on cards; -1: no limit",
+        "others by so much; 0: 4 on CPUs, no limit on cards; -1: no limit",
+    )
+    tenant_host_rows: int = option(
+        0,
+        "most sequences of one API key in a step while other keys have requests, for its weight, "
+        "whose tokens the host draws (min_p, penalties, a bias, log-probabilities, guided "
+        "answers); 0: 8 on cards, no limit of its own on CPUs; -1: no limit",
     )
     running_max: int = option(
         64, "most sequences that decode at once; sessions moved from a dead rank may exceed it"

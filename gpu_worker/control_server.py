@@ -280,6 +280,9 @@ class ControlServer:
             if reply is not None:
                 writer.write(encode(reply))
                 await writer.drain()
+            elif isinstance(message, Submit):
+                # Hundreds may have come at once: what else waits has its turn between them.
+                await asyncio.sleep(0)
 
     def _answer(self, origin: Origin, message: Message) -> Message | None:
         match message:

@@ -10,6 +10,7 @@ import structlog
 from gpu_worker.config import RankConfig
 from shared.errors import CheckpointError, ConfigError
 from shared.model_spec import ModelSpec
+from shared.records import InstanceSpec
 from shared.types import DeviceKind
 
 log = structlog.get_logger()
@@ -26,6 +27,15 @@ def uses_cuda(config: RankConfig, model: ModelSpec) -> bool:
             raise ConfigError("--device cuda: no CUDA device is visible here; pass --device cpu")
         return False
     return config.device is DeviceKind.CUDA or _is_served(model)
+
+
+def require_drafts(spec: InstanceSpec, *, on_card: bool) -> None:
+    """Raises ConfigError if the instance decodes speculatively, and this device cannot."""
+    if on_card and spec.speculative_tokens:
+        raise ConfigError(
+            "this instance drafts tokens (--speculative-tokens), which ranks on cards cannot do: "
+            "pass --device cpu to them, or start the instance without it"
+        )
 
 
 def _is_served(model: ModelSpec) -> bool:

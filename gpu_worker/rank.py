@@ -313,6 +313,7 @@ def scheduler_limits(config: RankConfig, spec: InstanceSpec) -> SchedulerLimits:
         tenant_step_tokens=(
             NO_LIMIT if config.tenant_step_tokens < 0 else config.tenant_step_tokens
         ),
+        tenant_host_rows=NO_LIMIT if config.tenant_host_rows < 0 else config.tenant_host_rows,
         running_max=config.running_max,
         waiting_max=config.waiting_max,
         prefix_cache=config.prefix_cache,

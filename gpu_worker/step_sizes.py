@@ -20,8 +20,13 @@ _MIXED_PREFILL_TOKENS_WITH_PEERS = 128
 _MIXED_PREFILL_TOKENS_OF_LONE_CARD = 512
 """With Qwen3-30B's shape on an H200, such a step takes 1.2 times as long as 32 decodes alone."""
 
-_TENANT_TOKENS_OF_CPU = 8
-"""A step of a CPU rank takes twice as long with some ten tokens more; on a card it does not."""
+_TENANT_TOKENS_OF_CPU = 4
+"""A step of a CPU rank that decodes two takes twice as long with eight tokens more; one of a card
+does not."""
+
+_TENANT_HOST_ROWS_OF_CARD = 8
+"""The host takes a millisecond or two to draw one token from a large vocabulary, and a step of a
+card some tens."""
 
 
 def tokens_max_of_exchange(
@@ -54,6 +59,7 @@ def with_step_sizes(
         step_tokens_max=step_tokens_max,
         prefill_chunk_tokens=config.prefill_chunk_tokens or min(chunk, step_tokens_max),
         mixed_prefill_tokens=config.mixed_prefill_tokens or mixed,
+        tenant_host_rows=config.tenant_host_rows or (_TENANT_HOST_ROWS_OF_CARD if on_card else -1),
         tenant_step_tokens=config.tenant_step_tokens or (-1 if on_card else _TENANT_TOKENS_OF_CPU),
     )
     sized.check()

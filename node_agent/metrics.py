@@ -60,6 +60,12 @@ _COUNTERS = (
     ),
     _RankValue("generated_tokens", "Tokens generated", lambda r: r.tokens_generated),
     _RankValue(
+        "drafted_tokens",
+        "Tokens drafted by speculative decoding that a step has verified",
+        lambda r: r.tokens_drafted,
+    ),
+    _RankValue("accepted_tokens", "Those that were right", lambda r: r.drafts_accepted),
+    _RankValue(
         "prefix_tokens", "Tokens of sequences when they began", lambda r: r.load.prefix_tokens
     ),
     _RankValue(

@@ -4,7 +4,7 @@ the ranks. No weight is read."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from shared.errors import CheckpointError
 class ModelSpec:
     """Sizes of a decoder. `moe_layers` are the decoder layers that have experts, in order; the
     layer axis of a placement indexes this tuple. A dense model has none, and placement treats it as
-    one layer with one expert of size 0."""
+    one layer with one expert of size 0.
+
+    `draft_layers` are those that propose tokens for speculative decoding, if it is on: they follow
+    the decoder's `num_layers`, have experts as well, and so belong to `moe_layers`, too."""
 
     architecture: str
     num_layers: int
@@ -29,6 +32,12 @@ class ModelSpec:
     context_tokens_max: int
     eos_token_ids: tuple[int, ...]
     raw: dict[str, Any]
+    draft_layers: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> range:
+        """Those of the decoder, then those that draft."""
+        return range(self.num_layers + len(self.draft_layers))
 
     @property
     def num_moe_layers(self) -> int:
@@ -48,6 +57,11 @@ ARCHITECTURES = {
 }
 """The registry of models: the architecture that config.json names, and the file in
 `gpu_worker/cpu/families` that serves it."""
+
+NUM_DRAFT_LAYERS = "num_nextn_predict_layers"
+"""In config.json: how many layers of multi-token prediction follow the decoder's."""
+
+_DRAFTING = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "Glm4MoeForCausalLM")
 
 _EXPERT_SIZE = ("moe_intermediate_size", "intermediate_size")
 """Different families' names for the same value. The first that is present counts."""
@@ -81,6 +95,22 @@ def read_model_spec(folder: Path) -> ModelSpec:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json: missing or malformed {error}") from error
+
+
+def with_drafts(spec: ModelSpec, speculative_tokens: int) -> ModelSpec:
+    """The model with what drafts so many tokens a step for it: its layer of multi-token prediction.
+    Raises CheckpointError if it has none, or if that is not served."""
+    if not speculative_tokens:
+        return spec
+    if spec.architecture not in _DRAFTING or not spec.raw.get(NUM_DRAFT_LAYERS):
+        raise CheckpointError(
+            "speculative decoding needs a layer of multi-token prediction, which this checkpoint "
+            f"({spec.architecture}) does not have: leave out --speculative-tokens"
+        )
+    if not spec.moe_layers:
+        raise CheckpointError("speculative decoding is not served for models without experts")
+    layer = spec.num_layers
+    return replace(spec, draft_layers=(layer,), moe_layers=(*spec.moe_layers, layer))
 
 
 def _first_of(config: dict[str, Any], names: tuple[str, ...]) -> Any:

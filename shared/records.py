@@ -40,6 +40,7 @@ class InstanceSpec:
     vocab_size: int
     weights: str = ""  # `weights_identity` of the checkpoint; empty: nobody has looked
     ranks_max: int = 0  # how many ranks the exchange buffers of cards have room for; 0: num_ranks
+    speculative_tokens: int = 0  # that every rank drafts for a sequence and verifies in one step
 
     @property
     def capacity(self) -> int:

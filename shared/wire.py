@@ -405,6 +405,8 @@ class StatusReply:
     adoptions: tuple[Adoption, ...]  # the last few, oldest first
     blocks_restored: int = 0  # KV blocks that were filled from KV replicas
     memory_links: tuple[Member, ...] = ()  # peers to which it writes through shared memory
+    tokens_drafted: int = 0  # that a step has verified
+    drafts_accepted: int = 0  # those of them that were right
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

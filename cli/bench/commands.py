@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import typer
@@ -68,8 +68,8 @@ def serve(
             _show(compared, comparison_table(compared), console, as_json)
             counts = [row for row in compared if row.quantity == ERRORS]
             return 1 if any(row.elastic or row.static for row in counts) else 0
-        async with _gateway(gateway, options if own else None, console) as url:
-            rows = await measure(url, load, clock)
+        async with _gateway(gateway, options if own else None, console) as running:
+            rows = await measure(running.url, load, clock, running.target)
         _show(rows, serve_table(rows), console, as_json)
         if warning := limit_warning({row.concurrency: row.gateway_cpu for row in rows}):
             console.print(warning, style="yellow", highlight=False, soft_wrap=True)
@@ -94,8 +94,8 @@ def prefix(
     async def work() -> int:
         console = Console(stderr=as_json)
         options.check()
-        async with _gateway(gateway, options if own else None, console) as url:
-            rows = await measure_prefix(url, load, SystemClock())
+        async with _gateway(gateway, options if own else None, console) as running:
+            rows = await measure_prefix(running.url, load, SystemClock())
         _show(rows, prefix_table(rows), console, as_json)
         return 0
 
@@ -246,22 +246,29 @@ def exchange(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
+class _Running(NamedTuple):
+    """The address of a gateway, and its instance if more is known of it."""
+
+    url: str
+    target: Target | None
+
+
 @asynccontextmanager
 async def _gateway(
     running: GatewayFlags, own: TemporaryInstanceOptions | None, console: Console
-) -> AsyncIterator[str]:
-    """The address of the gateway of an instance of `own`, or of the running one that is meant.
-    Raises ConfigError if there is none."""
+) -> AsyncIterator[_Running]:
+    """That of an instance of `own`, or of the running one that is meant. Raises ConfigError if
+    there is none."""
     if own is None:
         url = running.gateway_url()
         if url is None:
             raise ConfigError("which gateway? pass --url, --run-dir or --own")
-        yield url
+        yield _Running(url, running.target())
         return
     async with _start_temporary(own, console) as target:
         if target.url is None:
             raise ConfigError("the instance of this measurement has no gateway")
-        yield target.url
+        yield _Running(target.url, target)
 
 
 @asynccontextmanager

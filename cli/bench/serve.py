@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
+from cli.bench.drafts import read_drafts
 from cli.bench.gateway_cpu import busiest_share, read_gateways_cpu
 from cli.bench.loads import ServeLoad
 from cli.bench.stats import Spread, percentile
@@ -37,11 +38,14 @@ class ServeRow:
     itl_ms: Spread
     errors: int
     gateway_cpu: float | None = None  # share of a core, of the busiest gateway; None: unknown
+    right_drafts: float | None = None  # share of those verified; None: there were none, or unknown
 
 
-async def measure(url: str, load: ServeLoad, clock: Clock) -> list[ServeRow]:
-    """One row per concurrency. No prompt is ever sent twice, because a cache would have it.
-    Raises Unavailable, ConfigError."""
+async def measure(
+    url: str, load: ServeLoad, clock: Clock, target: Target | None = None
+) -> list[ServeRow]:
+    """One row per concurrency. No prompt is sent twice, because a cache would have it. `target`
+    is the instance, if its ranks can be asked. Raises Unavailable, ConfigError."""
     seeds = itertools.count(int(clock.wall() * 1000))
 
     def prompts(concurrency: int, rounds: int) -> list[list[int]]:
@@ -50,7 +54,7 @@ async def measure(url: str, load: ServeLoad, clock: Clock) -> list[ServeRow]:
     async with stream_client(url, clock) as client:
         await _round(client, load, prompts(2, 1), concurrency=2, clock=clock)  # warm-up
         return [
-            await _watched_round(url, client, load, prompts(c, load.rounds), c, clock)
+            await _watched_round(url, client, load, prompts(c, load.rounds), c, clock, target)
             for c in load.concurrencies
         ]
 
@@ -62,14 +66,20 @@ async def _watched_round(
     prompts: Sequence[Sequence[int]],
     concurrency: int,
     clock: Clock,
+    target: Target | None,
 ) -> ServeRow:
-    """With what the gateway used meanwhile. Its CPU time is read outside of what is measured."""
+    """With what the gateway used meanwhile, and how good drafts were. Both are read outside of what
+    is measured."""
     headers = client_headers(os.environ)
+    drafts = None if target is None else await read_drafts(target)
     before, began_at = await read_gateways_cpu(url, headers), clock.now()
     row = await _round(client, load, prompts, concurrency=concurrency, clock=clock)
     took_s = clock.now() - began_at
     after = await read_gateways_cpu(url, headers)
-    return replace(row, gateway_cpu=busiest_share(before, after, took_s))
+    right = None
+    if target is not None and drafts is not None:
+        right = (await read_drafts(target)).since(drafts)
+    return replace(row, gateway_cpu=busiest_share(before, after, took_s), right_drafts=right)
 
 
 async def _round(
@@ -218,7 +228,7 @@ def serve_table(rows: Sequence[ServeRow]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in (
         *("concurrency", "tokens/s", "TTFT p50 ms", "p99", "max"),
-        *("between tokens p50 ms", "p99", "max", "errors", "gateway CPU"),
+        *("between tokens p50 ms", "p99", "max", "errors", "gateway CPU", "right drafts"),
     ):
         table.add_column(name, justify="right")
     for row in rows:
@@ -229,6 +239,7 @@ def serve_table(rows: Sequence[ServeRow]) -> Table:
             *row.itl_ms.cells(),
             str(row.errors),
             "" if row.gateway_cpu is None else f"{row.gateway_cpu:.0%}",
+            "" if row.right_drafts is None else f"{row.right_drafts:.0%}",
         )
     return table
 

@@ -32,6 +32,10 @@ class TemporaryInstanceOptions:
         int,
         typer.Option(help="With --own: expert slots on each rank; 0: as many as are useful."),
     ] = 0
+    speculative_tokens: Annotated[
+        int,
+        typer.Option(help="With --own: tokens that ranks draft, as `starfish up` has it."),
+    ] = 0
     rank_options: Annotated[
         list[str],
         typer.Option(
@@ -75,6 +79,11 @@ class TemporaryInstanceOptions:
             *("--redundant-experts", str(self.redundant_experts)),
             *("--slots-per-rank", str(self.slots_per_rank)),
             *(("--model", str(self.model)) if self.model is not None else ("--seeded",)),
+            *(
+                ("--speculative-tokens", str(self.speculative_tokens))
+                if self.speculative_tokens
+                else ()
+            ),
             *(("--static",) if self.static else ()),
             *(() if self.cuda_mps else ("--no-cuda-mps",)),
         ]

@@ -152,6 +152,8 @@ def rank_status(
             "steps_committed": reply.steps_committed,
             "steps_abandoned": reply.steps_abandoned,
             "tokens_generated": reply.tokens_generated,
+            "tokens_drafted": reply.tokens_drafted,
+            "drafts_accepted": reply.drafts_accepted,
         }
     return status
 

@@ -29,6 +29,8 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]+"), REMOVED),  # a JSON web token
     (re.compile(re.escape(HASH_PREFIX) + r"[0-9a-fA-F]{64}"), HASH_PREFIX + REMOVED),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 " + REMOVED),
+    # Headers of OpenTelemetry's exporter: with a key under any name.
+    (re.compile(r"""(\w_HEADERS["']?\s*[=:]\s*["']?)[^\n\0"']{4,}"""), r"\1" + REMOVED),
     (re.compile(r"(?<=://)[^/\s:@'\"]*:[^/\s@'\"]+(?=@)"), REMOVED),
 )
 _NAMED = re.compile(
@@ -70,6 +72,9 @@ def known_secrets(
     """The lines of these files and of all keys and passwords in these folders, and what variables
     hold that are named like a secret. What cannot be read cannot come into a bundle either."""
     for name, value in environ.items():
+        if name.endswith("_HEADERS"):
+            pairs = value.encode("utf-8", "surrogateescape").split(b",")
+            yield from (pair.partition(b"=")[2] for pair in pairs)
         if re.search(_SECRET_WORDS, name, re.IGNORECASE) and not name.lower().endswith("_file"):
             yield from value.encode("utf-8", "surrogateescape").replace(b",", b"\n").split()
     found = [*files]

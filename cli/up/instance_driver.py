@@ -273,7 +273,7 @@ class InstanceDriver:
                 folder = shipped_model()
             if folder is None:
                 folder = await seeded_model(self._options.model_dir, stage)
-            stage.result = await check_model(folder)
+            stage.result = await check_model(folder, self._options.speculative_tokens)
         return folder
 
     async def _start_etcd(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cli.up.stages import Stage
 from shared.errors import CheckpointError
-from shared.model_spec import read_model_spec
+from shared.model_spec import read_model_spec, with_drafts
 from shared.private_folder import cache_folder
 
 SEEDED_NAME = "starfish-seeded-moe"
@@ -35,9 +35,11 @@ async def seeded_model(model_dir: Path, stage: Stage) -> Path:
     return folder
 
 
-async def check_model(folder: Path) -> str:
-    """Describes the model. Raises CheckpointError if Starfish cannot serve its config.json."""
+async def check_model(folder: Path, speculative_tokens: int = 0) -> str:
+    """Describes the model. Raises CheckpointError if Starfish cannot serve its config.json, or if
+    it cannot draft so many tokens a step."""
     spec = await asyncio.to_thread(read_model_spec, folder)
+    with_drafts(spec, speculative_tokens)
     experts = f"{spec.num_experts} experts, top-{spec.top_k}" if spec.moe_layers else "dense"
     return f"{folder.name} ({spec.num_layers} layers, {experts}, hidden {spec.hidden_size})"
 

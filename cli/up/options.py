@@ -75,6 +75,14 @@ class UpOptions:
     slots_per_rank: Annotated[
         int, typer.Option(help="Expert slots on each rank; 0: as many as are useful.")
     ] = 0
+    speculative_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens that ranks draft for a sequence and verify in its next step, by the "
+            "checkpoint's layer of multi-token prediction; answers stay the same. 0 or 1; on CPUs "
+            "alone."
+        ),
+    ] = 0
     host: Annotated[str, typer.Option(help="Address of the HTTP API.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(help="Port of the HTTP API.")] = 8000
     etcd: Annotated[
@@ -345,6 +353,10 @@ class UpOptions:
             )
         if self.redundant_experts < -1 or self.slots_per_rank < 0:
             raise ConfigError("--redundant-experts and --slots-per-rank must not be negative")
+        if self.speculative_tokens not in (0, 1):
+            raise ConfigError(
+                f"--speculative-tokens {self.speculative_tokens}: pass 1, or 0 for none"
+            )
         if self.log_mb_max < 0:
             raise ConfigError(f"--log-mb-max {self.log_mb_max:g}: pass 0 or more")
         if self.context_tokens_max < 0:

@@ -55,6 +55,7 @@ def control_plane(
     its address stays."""
     slots = ("--slots-per-rank", str(options.slots_per_rank)) if options.slots_per_rank else ()
     redundant, context = options.redundant_experts, options.context_tokens_max
+    drafts = options.speculative_tokens
     return Service(
         name=f"control-plane-{number}",
         argv=(
@@ -65,6 +66,7 @@ def control_plane(
             *(("--ranks-max", str(options.ranks_max)) if options.ranks_max else ()),
             *(("--redundant-experts", str(redundant)) if redundant >= 0 else ()),
             *(("--context-tokens-max", str(context)) if context else ()),
+            *(("--speculative-tokens", str(drafts)) if drafts else ()),
             *("--admin-host", options.admin_host, "--admin-port", "0"),
             *("--admin-token-file", str(options.admin_token_file)),
             *_given("--admin-tls-cert", options.admin_tls_cert),

@@ -15,6 +15,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from control_plane.admin.admin_app import AdminApp
+from shared.request_body import READ_BYTES
 from shared.server_certificate import HANDSHAKE_TIMEOUT_S
 
 log = structlog.get_logger()
@@ -36,6 +37,8 @@ async def serving(
         logger=_silent_logger(),
         auto_decompress=False,  # `request_body` does it, within limits
         shutdown_timeout=1.0,
+        read_bufsize=READ_BYTES,
+        lingering_time=0.0,  # a body that is not read, for want of a token, is not taken either
     )
     await runner.setup()
     servers: list[asyncio.Server] = []

@@ -11,7 +11,7 @@ from aiohttp import web
 from gateway.api.chunk_events import ChunkEvents
 from gateway.api.job import Job
 from gateway.api.request_context import require_context
-from gateway.api.responses import DONE, response_body
+from gateway.api.responses import response_body
 from gateway.api.stream_body import StreamBody
 from gateway.choice_reader import Delta
 from gateway.generation import Generation
@@ -64,12 +64,12 @@ async def answer_stream(
     return await stream_events(request, generation, job, writer)
 
 
-async def answer_read(request: web.Request) -> web.StreamResponse:
-    """The end of a stream of which the client has everything else."""
+async def answer_read(request: web.Request, end: bytes) -> web.StreamResponse:
+    """The `end` of a stream of which the client has everything else."""
     response = web.StreamResponse(headers=_EVENT_STREAM_HEADERS)
     body = StreamBody(request, response)
     await response.prepare(request)
-    await body.write(DONE, last=True)
+    await body.write(end, last=True)
     return response
 
 

@@ -83,7 +83,7 @@ class AnswerPlan:
 
     def calls_grammar(self, token_of: TokenOf, *, json_space: str = JSON_SPACE) -> str:
         """The grammar of the calls alone; empty if they are not guided. `json_space` is the white
-        space in their arguments, as a regular expression."""
+        space in their arguments, as a regular expression. Raises GrammarError."""
         if not self.guides_calls:
             return ""
         calls = self._calls(self._rules(token_of, json_space))

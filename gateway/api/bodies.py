@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -87,6 +88,7 @@ class ChatBody(GenerationBody, kw_only=True):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
+    thinking: Any = None
     thinking_token_budget: int | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
@@ -101,17 +103,25 @@ _UNPRINTABLE = re.compile(r"[^\w.\-]", re.ASCII)
 def decode_body(raw: bytes, cls: type[B]) -> B:
     """Raises RequestError if the body is not JSON, has a wrong type, or asks for what is not
     supported."""
-    try:
+    with _refusing_malformed():
         body = msgspec.json.decode(raw, type=cls)
         if issubclass(cls, GenerationBody):
             refuse_unsupported(raw, cls)
+    return body
+
+
+@contextmanager
+def _refusing_malformed() -> Iterator[None]:
+    """Raises RequestError for what the decoder raises. Of a field that no class has it checks no
+    more than its form, so that its name may fail to be a text only when this is asked for."""
+    try:
+        yield
     except msgspec.ValidationError as error:
         raise RequestError(str(error), param=_param(str(error))) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from error
     except RecursionError as error:
         raise RequestError("the body is nested too deeply", code="invalid_json") from error
-    return body
 
 
 def refuse_unsupported(raw: bytes, cls: type[GenerationBody]) -> None:
@@ -128,14 +138,15 @@ def refuse_unsupported(raw: bytes, cls: type[GenerationBody]) -> None:
 
 def ignored_fields(raw: bytes, cls: type[msgspec.Struct]) -> list[str]:
     """Names of fields that no API has, fit for a header: they may be misspelt. `raw` has been
-    decoded as `cls`."""
-    values = _values(raw)
+    decoded as `cls`. Raises RequestError if a name is not a text."""
     known: Container[str] = frozenset(cls.__struct_fields__)
     if issubclass(cls, GenerationBody):
         known = fields_of(cls)
-    names = [name for name in values if name not in known]
-    if (options := values.get("stream_options")) is not None and "stream_options" in known:
-        names += [f"stream_options.{name}" for name in _values(options, STREAM_OPTIONS)]
+    with _refusing_malformed():
+        values = _values(raw)
+        names = [name for name in values if name not in known]
+        if (options := values.get("stream_options")) is not None and "stream_options" in known:
+            names += [f"stream_options.{name}" for name in _values(options, STREAM_OPTIONS)]
     return [_UNPRINTABLE.sub("?", name)[:64] for name in names[:IGNORED_NAMES_MAX]]
 
 

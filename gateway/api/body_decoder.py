@@ -1,18 +1,22 @@
-"""Decodes the bodies of requests: short ones at once, long and coded ones in a thread, one after
-the other and with pauses, so that who sends many of them does not take the event loop from others.
-"""
+"""Reads and decodes the bodies of requests: short ones at once, long and coded ones in a thread,
+one after the other and with pauses, so that who sends many of them does not take the event loop
+from others."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Generic, NamedTuple
+
+from aiohttp import web
 
 from gateway.api.bodies import B, decode_body, ignored_fields
 from gateway.api.json_bounds import UNCOUNTED_BYTES_MAX, check_num_values
 from gateway.api.resumption import body_digest
 from gateway.api_keys import ApiKey
+from gateway.body_room import BodyRoom
 from gateway.preparation import Preparation
-from shared.request_body import RawBody, decompress
+from shared.request_body import RawBody, decompress, read_body
 
 RESTS = 3.0
 """Between two long bodies so many times the time that the first has taken. Decoding holds Python's
@@ -34,6 +38,23 @@ class BodyDecoder:
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._turns = Preparation(running_max=1, rests=RESTS)
+        self._room = BodyRoom()
+
+    async def read(
+        self,
+        request: web.Request,
+        key: ApiKey,
+        cls: type[B],
+        *,
+        turn: Callable[[], Awaitable[None]],
+    ) -> DecodedBody[B]:
+        """Of whom it counts is `key`. `turn` as in `read_body`. Raises RequestError, and Overloaded
+        if too many long ones are on their way, or wait."""
+        length = request.content_length
+        num_bytes = self._bytes_max if length is None and request.can_read_body else length or 0
+        with self._room.taken(key, min(num_bytes, self._bytes_max)):
+            raw = await read_body(request, self._bytes_max, turn=turn)
+            return await self.decode(key, raw, cls)
 
     async def decode(self, key: ApiKey, raw: RawBody, cls: type[B]) -> DecodedBody[B]:
         """Raises RequestError, and Overloaded if too many long ones wait."""

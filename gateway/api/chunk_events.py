@@ -72,7 +72,7 @@ class ChunkEvents:
         events = self._writers[delta.choice].chunks(delta, self._chunks, logprobs)
         if self._ids is None:
             return b"".join(events)
-        return _with_ids(self._ids, delta, events)
+        return with_ids(self._ids, delta, events)
 
     def _usage(self) -> Usage:
         return self._job.usage(self._generation, self._writers)
@@ -88,7 +88,8 @@ class ChunkEvents:
                 yield event if self._ids is None else self._ids.opening(number + 1) + event
 
 
-def _with_ids(ids: PositionWriter, delta: Delta, events: Sequence[bytes]) -> bytes:
+def with_ids(ids: PositionWriter, delta: Delta, events: Sequence[bytes]) -> bytes:
+    """The `events` that tell of `delta`, without those that the client has had."""
     data = b""
     if len(events) > 1:
         for number, event in enumerate(events[:-1], start=1):

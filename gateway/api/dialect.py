@@ -29,15 +29,19 @@ class Dialect(Protocol):
         """The body for OpenAI's `message`."""
         ...
 
-    def begin(self, usage: Usage) -> bytes:
+    def number_from(self, number: int) -> None:
+        """The next event has this number, if events have any."""
+        ...
+
+    def begin(self, usage: Usage) -> list[bytes]:
         """The first events. `usage` knows the prompt."""
         ...
 
-    def deltas(self, deltas: Sequence[Mapping[str, Any]]) -> bytes:
+    def deltas(self, deltas: Sequence[Mapping[str, Any]]) -> list[bytes]:
         """Events for OpenAI's deltas."""
         ...
 
-    def end(self, ending: Ending) -> bytes: ...
+    def end(self, ending: Ending) -> list[bytes]: ...
 
     def failed(self, error: HttpError) -> bytes:
         """The last events of a stream that fails after it has begun."""

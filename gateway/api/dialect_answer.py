@@ -10,11 +10,13 @@ from aiohttp import web
 
 from gateway.api.answer import stream_events
 from gateway.api.answer_reader import AnswerReader
+from gateway.api.chunk_events import with_ids
 from gateway.api.dialect import Dialect, Ending
 from gateway.api.errors import http_error
 from gateway.api.job import Job
 from gateway.api.responses import Usage
-from gateway.choice_reader import Delta
+from gateway.api.resumption import Stream
+from gateway.choice_reader import ALL_READ, Delta
 from gateway.generation import Generation
 from gateway.session_state import SessionFailed
 from shared.types import FinishReason
@@ -54,7 +56,8 @@ async def answer_job_in(
     answer."""
     choice = _OneChoice(job, generation)
     if job.options.stream:
-        return await stream_events(request, generation, job, _DialectEvents(dialect, choice))
+        writer = _DialectEvents(dialect, choice, job.stream)
+        return await stream_events(request, generation, job, writer)
     while not generation.done:
         for delta in await generation.next_deltas():
             choice.take(delta)
@@ -63,27 +66,56 @@ async def answer_job_in(
 
 
 class _DialectEvents:
-    """Implements `answer.EventWriter`."""
+    """Implements `answer.EventWriter`. The last events belong to the last tokens: `end` has no
+    more."""
 
     is_quick = True
 
-    def __init__(self, dialect: Dialect, choice: _OneChoice) -> None:
+    def __init__(self, dialect: Dialect, choice: _OneChoice, stream: Stream | None) -> None:
+        """`stream`: the events have ids, and those that its client has had are left out."""
         self._dialect = dialect
         self._choice = choice
+        self._stream = stream
+        self._ids = None if stream is None else stream.position_writer(counts_events=True)
         self._is_first = True
+        self._is_behind = stream is not None and stream.read is not None
 
     async def events(self, deltas: Sequence[Delta]) -> bytes:
         data = b""
         if self._is_first:
-            data = self._dialect.begin(self._choice.usage())
+            data = self._opening()
             self._is_first = False
         return data + b"".join(map(self.quick_events, deltas))
 
     def quick_events(self, delta: Delta) -> bytes:
-        return self._dialect.deltas(self._choice.take(delta))
+        if self._is_behind and delta.num_events_read != ALL_READ:
+            self._catch_up(delta.num_events_read)
+        events = self._dialect.deltas(self._choice.take(delta))
+        if delta.finish is not None:
+            events += self._dialect.end(self._choice.ending())
+        return b"".join(events) if self._ids is None else with_ids(self._ids, delta, events)
 
     def end(self) -> bytes:
-        return self._dialect.end(self._choice.ending())
+        return b""
+
+    def _catch_up(self, num_events_read: int) -> None:
+        """What the client has had may have been cut into other events: their number goes on. Of the
+        next ones it has had the first `num_events_read`."""
+        self._is_behind = False
+        read = None if self._stream is None else self._stream.read
+        if read is not None and read.choices:
+            self._dialect.number_from(max(0, read.num_events - num_events_read))
+
+    def _opening(self) -> bytes:
+        events = self._dialect.begin(self._choice.usage())
+        if self._stream is None or self._ids is None:
+            return b"".join(events)
+        read = self._stream.read
+        num_read = 0 if read is None else len(events) if read.choices else read.num_opened
+        numbered = list(enumerate(events, start=1))[num_read:]
+        return b"".join(self._ids.opening(number) + event for number, event in numbered)
 
     def failed(self, error: SessionFailed) -> bytes:
+        if self._is_behind:
+            self._catch_up(0)
         return self._dialect.failed(http_error(error))

@@ -129,7 +129,7 @@ class DialectRoutes:
 
     async def _messages(self, request: web.Request) -> web.StreamResponse:
         def dialect_of(job: Job) -> Dialect:
-            return MessagesAnswer(id=job.header.id, model=job.header.model)
+            return MessagesAnswer(id=job.header.id, model=job.header.model, seed=job.named_seed)
 
         with naming_fields(MESSAGES_NAMES):
             return await self._answer_chat(
@@ -161,7 +161,12 @@ class DialectRoutes:
         return response
 
     async def _show_response(self, request: web.Request) -> web.Response:
-        return web.json_response(self._require_stored(request).response)
+        stored = self._require_stored(request)
+        if request.query.get("stream", "false").lower() not in ("false", "0"):
+            raise RequestError(
+                "stream: a response that is remembered comes as a whole", param="stream"
+            )
+        return web.json_response(stored.response)
 
     async def _forget_response(self, request: web.Request) -> web.Response:
         response_id = str(self._require_stored(request).response["id"])
@@ -199,7 +204,11 @@ class _Answering:
         assert self._body is not None, "the chat is made first"
         header = job.header
         self._answer = ResponseAnswer(
-            id=header.id, created=header.created, model=header.model, body=self._body
+            id=header.id,
+            created=header.created,
+            model=header.model,
+            body=self._body,
+            seed=job.named_seed,
         )
         return self._answer
 

@@ -26,6 +26,7 @@ _STATUS_BY_CODE = {
     "request_too_large": 413,
     "request_timeout": 408,
     "unsupported_content_encoding": 415,
+    "expectation_failed": 417,
 }
 _STATUS_BY_FAILURE = {
     FailureKind.NO_RANK: (503, "no_rank_available"),

@@ -13,6 +13,9 @@ STOP_CHARS_MAX = 1024
 STOP_IDS_MAX = 128
 BAD_WORDS_MAX = 128
 BAD_WORD_CHARS_MAX = 256
+BAD_WORD_IDS_MAX = 4096
+"""Of all of them. Each choice has them, and so has each message that begins it on a rank."""
+ALLOWED_IDS_MAX = 4096
 TOP_LOGPROBS_MAX = 20
 LOGIT_BIAS_MAX = 1024
 INT64_MAX = 2**63 - 1
@@ -37,7 +40,7 @@ def check_range(name: str, value: Any, default: Any, low: Any, high: Any) -> Any
     if value is None:
         return default
     if not low <= value <= high:
-        upper = f" and at most {high}" if high != INT64_MAX else ""
+        upper = f" and at most {high}" if high != INT64_MAX or value > high else ""
         raise RequestError(f"{name} must be at least {low}{upper}, but it is {value}", param=name)
     return value
 
@@ -64,17 +67,18 @@ def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
 def allowed_ids_of(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:
     if ids is None:
         return ()
-    if not ids or min(ids) < 0 or max(ids) >= vocab_size:
-        message = f"allowed_token_ids: at least one id, from 0 to {vocab_size - 1}"
+    allowed = set(ids)
+    if not 0 < len(allowed) <= ALLOWED_IDS_MAX or min(allowed) < 0 or max(allowed) >= vocab_size:
+        message = f"allowed_token_ids: 1 to {ALLOWED_IDS_MAX} ids, from 0 to {vocab_size - 1}"
         raise RequestError(message, param="allowed_token_ids")
-    return tuple(sorted(set(ids)))
+    return tuple(sorted(allowed))
 
 
 def bad_word_ids(
     words: list[str] | None, ids_of: Callable[[str], Sequence[int]]
 ) -> tuple[tuple[int, ...], ...]:
     """As vLLM: each word as it is written at the beginning of a text and after a space. `ids_of`
-    encodes a short text."""
+    encodes a short text. Takes its time: some tenths of a millisecond for each word."""
     if not words:
         return ()
     if len(words) > BAD_WORDS_MAX:
@@ -83,7 +87,13 @@ def bad_word_ids(
         message = f"a bad word must have 1 to {BAD_WORD_CHARS_MAX} characters"
         raise RequestError(message, param="bad_words")
     spelt = (tuple(ids_of(form)) for w in words for form in (w.lstrip(), " " + w.lstrip()))
-    return tuple(dict.fromkeys(ids for ids in spelt if ids))
+    found = tuple(dict.fromkeys(ids for ids in spelt if ids))
+    if sum(map(len, found)) > BAD_WORD_IDS_MAX:
+        message = (
+            f"the bad words may have {BAD_WORD_IDS_MAX} tokens in all, with and without a space"
+        )
+        raise RequestError(message, param="bad_words")
+    return found
 
 
 def stop_ids_of(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@ against the served model's tokenizer."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,10 @@ from gateway.grammar_checker import GrammarChecker
 from gateway.served_model import ServedModel
 from shared.errors import GrammarError, RequestError
 from shared.grammars.closed_schema import JSON_SPACE
-from shared.grammars.messages import GrammarBudget
+from shared.grammars.messages import GrammarBudget, GrammarKind
+
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+"""In a grammar that the client has not written."""
 
 
 class GrammarReader:
@@ -53,12 +57,16 @@ class GrammarReader:
         try:
             return await self._checker.check(form.kind, form.text, json_space=form.json_space)
         except GrammarError as error:
-            raise RequestError(
-                f"{form.param} is not a usable grammar: {error}",
-                param=form.param,
-                code="invalid_grammar",
-            ) from error
+            if form.kind is GrammarKind.LLGUIDANCE:
+                error = GrammarError(_PLACE.sub("", str(error)))
+            raise unusable_grammar(form.param, error) from error
 
     def close(self) -> None:
         if self._checker is not None:
             self._checker.close()
+
+
+def unusable_grammar(param: str, error: GrammarError) -> RequestError:
+    return RequestError(
+        f"{param} is not a usable grammar: {error}", param=param, code="invalid_grammar"
+    )

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.bodies import GenerationBody
-from gateway.api.grammar_reader import GrammarReader
+from gateway.api.grammar_reader import GrammarReader, unusable_grammar
 from gateway.api.guided import DemandedForm
 from gateway.served_model import ServedModel
-from shared.errors import RequestError
+from shared.errors import GrammarError, RequestError
 from shared.grammars.messages import GrammarKind
 
 
@@ -27,7 +27,10 @@ async def answer_grammar(
         space = reader.json_space_of(body)
         if plan.guides_calls:
             reader.check_schemas("tools", list(plan.tools.schemas.values()))
-        calls = plan.calls_grammar(token_of, json_space=space)
+        try:
+            calls = plan.calls_grammar(token_of, json_space=space)
+        except GrammarError as error:
+            raise unusable_grammar("tools", error) from error
         if calls:
             await reader.check(_built("tools", calls), served)
         grammar = plan.grammar(own, token_of, json_space=space)

@@ -179,8 +179,8 @@ def _schema_text(param: str, value: str | bool | dict[str, Any], limits: Grammar
     except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError(f"{param} is not JSON", param=param) from error
     num_properties = 0
-    for depth, node in _objects(schema):
-        properties = node.get("properties")
+    for depth, node in _nodes(schema):
+        properties = node.get("properties") if isinstance(node, dict) else None
         num_properties += len(properties) if isinstance(properties, dict) else 0
         if depth > SCHEMA_DEPTH_MAX:
             raise RequestError(
@@ -193,16 +193,16 @@ def _schema_text(param: str, value: str | bool | dict[str, Any], limits: Grammar
     return text
 
 
-def _objects(schema: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every object in it, with its depth. Without recursion, which a client could exhaust."""
+def _nodes(schema: Any) -> Iterator[tuple[int, dict[str, Any] | list[Any]]]:
+    """Every object and list in it, with its depth. Without recursion, which a client could
+    exhaust."""
     left: list[tuple[int, Any]] = [(1, schema)]
     while left:
         depth, node = left.pop()
-        if isinstance(node, dict):
+        if isinstance(node, dict | list):
             yield depth, node
-            left += [(depth + 1, each) for each in node.values()]
-        elif isinstance(node, list):
-            left += [(depth + 1, each) for each in node]
+            inner = node.values() if isinstance(node, dict) else node
+            left += [(depth + 1, each) for each in inner]
 
 
 def _check_bytes(param: str, text: str, limits: GrammarLimits) -> None:

@@ -15,12 +15,7 @@ from gateway.api.answer import AnswerJob, answer_job, answer_read
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.anthropic.answer import error_body as messages_error
 from gateway.api.authentication import Authenticator
-from gateway.api.bodies import (
-    B,
-    ChatBody,
-    CompletionBody,
-    GenerationBody,
-)
+from gateway.api.bodies import B, ChatBody, CompletionBody, GenerationBody
 from gateway.api.body_decoder import BodyDecoder
 from gateway.api.chat_request import plan_answer, read_chat
 from gateway.api.cross_origin import CrossOrigin
@@ -31,6 +26,7 @@ from gateway.api.errors import HttpError, http_error
 from gateway.api.grammar_reader import GrammarReader
 from gateway.api.guidance import answer_grammar
 from gateway.api.guided import DemandedForm
+from gateway.api.ignored_fields import IGNORED_FIELDS, name_ignored_fields
 from gateway.api.info_routes import InfoRoutes, model_not_found
 from gateway.api.job import Job
 from gateway.api.job_builder import JobBuilder
@@ -42,21 +38,23 @@ from gateway.api.request_log import RequestLog, name_request
 from gateway.api.request_tokens import encoded_prompt, with_tokens
 from gateway.api.request_trace import RequestTraces
 from gateway.api.requests import read_options, read_prompts
+from gateway.api.responses import DONE
 from gateway.api.resumption import Resumption, Stream, check_not_resumed
-from gateway.api.routes import Handler, Routes, endpoint_of
+from gateway.api.routes import Handler, Routes, ask_for_body, awaits_body, endpoint_of
 from gateway.api.scheduling import RequestScheduling
 from gateway.api.token_routes import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from gateway.generation import Generation
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
+from gateway.opening_pace import OpeningPace
 from gateway.prompt import Prompt
 from gateway.request_tag import RequestTag
 from gateway.served_model import ModelLimits, ServedModel
 from gateway.session_driver import SessionDriver
 from shared.clock import Clock
 from shared.errors import RequestError, StarfishError, Unavailable
-from shared.request_body import body_too_large, read_body
+from shared.request_body import body_too_large
 from shared.tracing import Tracer
 
 log = structlog.get_logger()
@@ -66,10 +64,6 @@ RESPONSES_BYTES_MAX = 64 << 20
 MODEL_WAIT_S = 5.0
 """How long a request waits for a model that is not loaded yet."""
 
-IGNORED_FIELDS = web.RequestKey("ignored_fields", list[str])
-IGNORED_FIELDS_HEADER = "X-Starfish-Ignored-Fields"
-"""Header of an answer: the fields of the request that no API has."""
-
 
 class HttpApp:
     def __init__(
@@ -78,6 +72,7 @@ class HttpApp:
         driver: SessionDriver,
         admission: RequestAdmission,
         authenticator: Authenticator,
+        pace: OpeningPace,
         request_log: RequestLog,
         clock: Clock,
         metrics: GatewayMetrics,
@@ -93,6 +88,7 @@ class HttpApp:
         self._driver = driver
         self._admission = admission
         self._authenticator = authenticator
+        self._pace = pace
         self._request_log = request_log
         self._clock = clock
         self._metrics = metrics
@@ -120,10 +116,10 @@ class HttpApp:
             client_max_size=self._body_bytes_max,
         )
         app.on_response_prepare.append(self._cross_origin.on_prepare)
-        app.on_response_prepare.append(_name_ignored_fields)
+        app.on_response_prepare.append(name_ignored_fields)
         app.on_response_prepare.append(name_request)
         app.on_response_prepare.append(RateHeaders(self._clock).add)
-        self._routes = routes = Routes(app.router, body_bytes_max=self._body_bytes_max)
+        self._routes = routes = Routes(app.router)
         routes.post(
             "/v1/chat/completions", self._chat, "answers a chat", body=ChatBody, streams=True
         )
@@ -160,11 +156,14 @@ class HttpApp:
             response = await handler(request)
         except (StarfishError, web.HTTPException) as error:
             response = _shaped(request, self._problem(request, error)).response()
+        except RecursionError:  # in what was made of its body
+            deep = RequestError("the body is nested too deeply", code="invalid_json")
+            response = _shaped(request, http_error(deep)).response()
         except Exception:  # the outermost loop of a request
             log.exception("request_crashed", path=request.path)
             problem = http_error(StarfishError("the gateway failed; its log has the details"))
             response = _shaped(request, problem).response()
-        if self._health.draining:
+        if self._health.draining or awaits_body(request):
             response.force_close()
         self._metrics.on_request(endpoint_of(request), response.status)
         if context.account is not None:
@@ -200,7 +199,7 @@ class HttpApp:
             body = chat_of(await self._read(request, cls))
             limits = self._check(served, body)
             scheduling = self._admission.reserve(request, body, limits)
-            stream = self._stream(request, body, served, has_ids=dialect_of is None)
+            stream = self._stream(request, body, served)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
                 options = read_options(body, limits).of_stream(stream, body.seed)
                 form = self._grammars.form_of(body)
@@ -214,7 +213,7 @@ class HttpApp:
                     raise RequestError("the prompt has no tokens", param="messages")
                 prompt = options.fitted(Prompt(ids=ids), limits)
                 plan = plan_answer(body, chat, served, prompt.ids, demands_form=form is not None)
-                options = with_tokens(body, options, served, plan)
+                options = await with_tokens(body, options, served, plan)
             grammar = await self._grammar(request, body, form, plan, served, scheduling)
             job = self._jobs.build(
                 served,
@@ -269,7 +268,7 @@ class HttpApp:
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
                 form = self._grammars.form_of(body)
                 options = read_options(body, limits).of_stream(stream, body.seed)
-                options = with_tokens(body, options, served)
+                options = await with_tokens(body, options, served)
                 prompts = [
                     options.fitted(await encoded_prompt(served, prompt, options, limits), limits)
                     for prompt in read_prompts(body, limits.vocab_size)
@@ -318,11 +317,12 @@ class HttpApp:
         return served
 
     async def _read(self, request: web.Request, cls: type[B]) -> B:
-        raw = await read_body(request, self._body_bytes_max)
+        ask_for_body(request, self._body_bytes_max)
         context = require_context(request)
         # Without keys, addresses take turns.
         waits_as = replace(context.key, name=context.line)
-        decoded = await self._decoder.decode(waits_as, raw, cls)
+        turn = partial(self._pace.next_turn, context.line)
+        decoded = await self._decoder.read(request, waits_as, cls, turn=turn)
         context.body_bytes = decoded.num_bytes
         context.body_digest = decoded.digest
         request[IGNORED_FIELDS] = decoded.ignored
@@ -344,7 +344,12 @@ class HttpApp:
             return await answer_grammar(body, form, plan, served, self._grammars)
 
     def _stream(
-        self, request: web.Request, body: GenerationBody, served: ServedModel, *, has_ids: bool
+        self,
+        request: web.Request,
+        body: GenerationBody,
+        served: ServedModel,
+        *,
+        has_ids: bool = True,
     ) -> Stream | None:
         """None if the answer is not streamed, or its events have no ids. Raises RequestError."""
         if not (body.stream and has_ids):
@@ -367,7 +372,7 @@ class HttpApp:
         context = require_context(request)
         context.num_prompt_tokens = job.num_prompt_tokens
         if job.is_all_read:
-            return await answer_read(request)
+            return await answer_read(request, DONE if answer is answer_job else b"")
         self._admission.correct(request, tokens=sum(task.tokens for task in job.tasks))
         generation = Generation(
             driver=self._driver,
@@ -375,10 +380,11 @@ class HttpApp:
             tasks=job.tasks,
             # What is parsed is read as it comes: at its end it would hold up the event loop.
             streaming=job.options.stream or job.is_parsed,
+            turn=partial(self._pace.turn, context.line),
             tag=RequestTag(request_id=context.id, endpoint=endpoint_of(request), span=context.span),
         )
         try:
-            with generation:
+            async with generation:
                 return await answer(request, generation, job)
         finally:
             context.num_generated = generation.num_generated
@@ -392,9 +398,3 @@ def _shaped(request: web.Request, error: HttpError) -> HttpError:
     if request.path.startswith(MESSAGES_PATH):
         return replace(error, body=messages_error(error, request_id))
     return error.of_request(request_id)
-
-
-async def _name_ignored_fields(request: web.Request, response: web.StreamResponse) -> None:
-    """A field that no API has may be misspelt; its client should know that it had no effect."""
-    if names := request.get(IGNORED_FIELDS):
-        response.headers[IGNORED_FIELDS_HEADER] = ",".join(names)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from aiohttp import web
 
 from gateway.api.api_info import GATEWAY_API
 from gateway.api.responses import model_entry, model_list
 from gateway.api.routes import Routes
+from gateway.api.shared_rendering import SharedRendering
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.served_model import ServedModel
 from gateway.session_driver import SessionDriver
 from shared.errors import RequestError
+from shared.metrics_endpoint import metrics_format
 from shared.openapi import Endpoint, openapi_document, openapi_page
 from shared.version import starfish_version
 
@@ -37,9 +40,10 @@ class InfoRoutes:
     ) -> None:
         self._driver = driver
         self._health = health
-        self._metrics = metrics
+        self._rendering = SharedRendering(metrics.render)
         self._require_model = require_model
         self._endpoints: Sequence[Endpoint] = ()
+        self._document: dict[str, Any] | None = None  # of the endpoints, which do not change
 
     def add_to(self, routes: Routes) -> None:
         routes.get("/v1/models", self._list_models, "the served model and its aliases")
@@ -109,14 +113,19 @@ class InfoRoutes:
         )
 
     async def _show_openapi(self, request: web.Request) -> web.Response:
-        return web.json_response(openapi_document(GATEWAY_API, self._endpoints))
+        return web.json_response(self._openapi())
 
     async def _show_docs(self, request: web.Request) -> web.Response:
-        page = openapi_page(openapi_document(GATEWAY_API, self._endpoints))
-        return web.Response(text=page, content_type="text/html")
+        return web.Response(text=openapi_page(self._openapi()), content_type="text/html")
+
+    def _openapi(self) -> dict[str, Any]:
+        if self._document is None:
+            self._document = openapi_document(GATEWAY_API, self._endpoints)
+        return self._document
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
-        body, content_type = self._metrics.render(request.headers.get("Accept", ""))
+        form = metrics_format(request.headers.get("Accept", ""))
+        body, content_type = await self._rendering.page(form)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
 

@@ -14,30 +14,48 @@ from shared.types import ThinkingBudget
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables of chat templates that turn reasoning on or off: Qwen's and GLM's, DeepSeek's."""
+_THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 
 
 def effort_variables(
     body: ChatBody, reads: Collection[str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `reasoning_effort` sets of the template's variables, besides those that the request
-    gives itself. `reads` are the variables that the template reads. Raises RequestError if it reads
-    none of these."""
+    """What `reasoning_effort` and `thinking` set of the template's variables, besides those that
+    the request gives itself; of the switches `thinking` says more. `reads` are the variables that
+    the template reads. Raises RequestError if it reads none of these."""
+    known: dict[str, Any] = {}
     effort = body.reasoning_effort
-    if effort is None:
-        return {}
-    if effort not in EFFORTS:
-        raise RequestError(
-            f"reasoning_effort must be one of {', '.join(EFFORTS)}", param="reasoning_effort"
-        )
-    values = {"reasoning_effort": effort, **dict.fromkeys(_SWITCHES, effort != "none")}
+    if effort is not None:
+        if effort not in EFFORTS:
+            raise RequestError(
+                f"reasoning_effort must be one of {', '.join(EFFORTS)}", param="reasoning_effort"
+            )
+        values = {"reasoning_effort": effort, **dict.fromkeys(_SWITCHES, effort != "none")}
+        known |= _known("reasoning_effort", values, reads)
+    if body.thinking is not None:
+        known |= _known("thinking", dict.fromkeys(_SWITCHES, _is_on(body.thinking)), reads)
+    return {name: value for name, value in known.items() if name not in given}
+
+
+def _known(param: str, values: Mapping[str, Any], reads: Collection[str]) -> dict[str, Any]:
     known = {name: value for name, value in values.items() if name in reads}
     if not known:
         raise RequestError(
-            "reasoning_effort: this model's chat template knows no effort of reasoning; leave the "
-            "field out",
-            param="reasoning_effort",
+            f"{param}: this model's chat template knows nothing of it; leave the field out",
+            param=param,
         )
-    return {name: value for name, value in known.items() if name not in given}
+    return known
+
+
+def _is_on(thinking: Any) -> bool:
+    """Raises RequestError."""
+    kind = thinking.get("type") if isinstance(thinking, dict) and len(thinking) == 1 else None
+    if not isinstance(kind, str) or kind not in _THINKING:
+        raise RequestError(
+            f"thinking must be an object with a type alone: {', '.join(_THINKING)}",
+            param="thinking",
+        )
+    return _THINKING[kind]
 
 
 def reasoning_opened(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from gateway.api.answer_plan import AnswerPlan
@@ -13,16 +14,18 @@ from gateway.prompt import Prompt, SentText
 from gateway.served_model import ModelLimits, ServedModel
 
 
-def with_tokens(
+async def with_tokens(
     body: GenerationBody,
     options: RequestOptions,
     served: ServedModel,
     plan: AnswerPlan | None = None,
 ) -> RequestOptions:
-    """With what the tokenizer and the chat's plan add to the sampling, which is seldom anything."""
+    """With what the tokenizer and the chat's plan add to the sampling, which is seldom anything.
+    Raises RequestError."""
     sampling = options.sampling
     if body.bad_words:
-        words = bad_word_ids(body.bad_words, served.tokenizer.encode_inside)
+        encode = served.tokenizer.encode_inside
+        words = await asyncio.to_thread(bad_word_ids, body.bad_words, encode)
         sampling = replace(sampling, bad_words=words)
     if plan is not None and isinstance(body, ChatBody):
         budget = read_budget(body, plan, served)

@@ -42,8 +42,11 @@ class Stream:
     def position_of(self, choice: int) -> ChoicePosition:
         return positions_of(self.read, len(self.keys))[choice]
 
-    def position_writer(self) -> PositionWriter:
-        return PositionWriter(self.spelt_name, len(self.keys))
+    def position_writer(self, *, counts_events: bool = False) -> PositionWriter:
+        num_read = 0 if self.read is None else self.read.num_events
+        return PositionWriter(
+            self.spelt_name, len(self.keys), num_events=num_read if counts_events else None
+        )
 
 
 class Resumption:

@@ -1,5 +1,5 @@
 """The paths that are served, in a form that tells of the others: each with and without a slash at
-its end, and with a 413 for a body that is too large before it is asked for."""
+its end; and `Expect`, to which a client's body comes only when it is asked for."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from aiohttp import web
 
 from gateway.api.errors import (
     HttpError,
-    http_error,
     not_allowed,
     not_found,
     plain_http_error,
 )
+from shared.errors import RequestError
 from shared.openapi import JSON, Endpoint
 from shared.request_body import body_too_large
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class Routes:
-    """`body_bytes_max` limits what `Expect: 100-continue` announces."""
+_ASKED = web.RequestKey("asked_for_body", bool)
 
-    def __init__(self, router: web.UrlDispatcher, *, body_bytes_max: int) -> None:
+
+class Routes:
+    def __init__(self, router: web.UrlDispatcher) -> None:
         self._router = router
-        self._body_bytes_max = body_bytes_max
         self.endpoints: list[Endpoint] = []
 
     def get(
@@ -50,11 +50,12 @@ class Routes:
             )
         )
         for spelt in (path, path + "/"):
-            self._router.add_get(spelt, handler)
+            self._router.add_get(spelt, handler, expect_handler=_go_on)
 
     def delete(self, path: str, handler: Handler, summary: str) -> None:
         self.endpoints.append(Endpoint(method="DELETE", path=path, summary=summary))
-        self._router.add_delete(path, handler)
+        for spelt in (path, path + "/"):
+            self._router.add_delete(spelt, handler, expect_handler=_go_on)
 
     def post(
         self,
@@ -79,7 +80,7 @@ class Routes:
             )
         )
         for spelt in (path, path + "/"):
-            self._router.add_post(spelt, handler, expect_handler=self._on_expect)
+            self._router.add_post(spelt, handler, expect_handler=_go_on)
 
     def error_for(self, request: web.Request, error: web.HTTPException) -> HttpError:
         """For a request that matches no route, or is refused by the HTTP library."""
@@ -90,19 +91,33 @@ class Routes:
             return not_found(request.method, request.path, served)
         return plain_http_error(error.status, error.reason)
 
-    async def _on_expect(self, request: web.Request) -> web.Response | None:
-        """Called before the middlewares. None: the client may send its body."""
-        if request.headers.get("Expect", "").lower() != "100-continue":
-            return plain_http_error(
-                417, "the only Expect that is served is 100-continue"
-            ).response()
-        if (request.content_length or 0) > self._body_bytes_max:
-            response = http_error(body_too_large(self._body_bytes_max)).response()
-            response.force_close()  # the body may be on its way
-            return response
-        if request.transport is not None:
-            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return None
+
+async def _go_on(_: web.Request) -> None:
+    """The HTTP library calls it before the middlewares, by which every answer goes."""
+
+
+def ask_for_body(request: web.Request, bytes_max: int) -> None:
+    """Lets a client that waits for it send its body. Raises RequestError: 413 for one that is too
+    large, 417 for another `Expect` than `100-continue`."""
+    expected = request.headers.get("Expect")
+    if expected is None:
+        return
+    if expected.lower() != "100-continue":
+        raise RequestError(
+            "the only Expect that is served is 100-continue",
+            param="Expect",
+            code="expectation_failed",
+        )
+    if (request.content_length or 0) > bytes_max:
+        raise body_too_large(bytes_max)
+    request[_ASKED] = True
+    if request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def awaits_body(request: web.Request) -> bool:
+    """Whether a client may yet send a body that nobody has asked for."""
+    return "Expect" in request.headers and not request.get(_ASKED, False)
 
 
 def endpoint_of(request: web.Request) -> str:

@@ -143,7 +143,7 @@ def _allowed(choice: Any, schemas: Mapping[str, Any]) -> _Choice:
     modes = {mode.value: mode for mode in (ToolMode.AUTO, ToolMode.REQUIRED)}
     fields = choice if isinstance(choice, dict) else {}
     mode, tools = fields.get("mode"), fields.get("tools")
-    if mode not in modes or not isinstance(tools, list) or not tools:
+    if not isinstance(mode, str) or mode not in modes or not isinstance(tools, list) or not tools:
         raise _refusal(
             "tool_choice",
             "allowed_tools is an object with the mode 'auto' or 'required' and with tools, a list "

@@ -88,7 +88,8 @@ class CallGrammar:
         self._markers = re.compile("(" + ("|".join(map(re.escape, present)) or "(?!)") + ")")
 
     def calls(self, tools: ToolFormat, schemas: Mapping[str, Schema], *, calls_max: int) -> str:
-        """The rule `calls`: one to `calls_max` calls of these tools."""
+        """The rule `calls`: one to `calls_max` calls of these tools. Raises GrammarError as
+        `close_objects` does."""
         text = _CALL_TEXTS[tools.guided]
         most = 1 if tools.guided == HARMONY else calls_max
         more = "" if most == 1 else f" ({self._text(text.between)} call){{0,{most - 1}}}"

@@ -9,6 +9,7 @@ from typing import Any
 
 Schema = Mapping[str, Any]
 """The JSON schema of a tool's parameters."""
+_LEVELS_MAX = 64
 
 
 class TypedArguments:
@@ -41,9 +42,10 @@ def string_piece(text: str) -> str:
     return _text(text)[1:-1]
 
 
-def types_of(schema: Any) -> set[str]:
-    """The JSON types that a schema allows; empty if it does not say."""
-    if not isinstance(schema, dict):
+def types_of(schema: Any, *, levels: int = _LEVELS_MAX) -> set[str]:
+    """The JSON types that a schema allows; empty if it does not say, or only deeper than so many
+    `levels`."""
+    if not isinstance(schema, dict) or not levels:
         return set()
     declared = schema.get("type")
     if isinstance(declared, str):
@@ -55,7 +57,7 @@ def types_of(schema: Any) -> set[str]:
         return {_type_of(value) for value in values}
     for name in ("anyOf", "oneOf"):
         if isinstance(schema.get(name), list):
-            parts = [types_of(part) for part in schema[name]]
+            parts = [types_of(part, levels=levels - 1) for part in schema[name]]
             return set().union(*parts) if all(parts) else set()
     return set()
 

@@ -16,13 +16,13 @@ def head_name(spec: ModelSpec) -> str:
 
 
 def common_tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Shapes of the embedding, the head, and every norm over the hidden state."""
+    """Shapes of the embedding, the head, and every norm over the hidden state in `spec.layers`."""
     shapes: dict[str, Shape] = {
         EMBEDDING_NAME: (spec.vocab_size, spec.hidden_size),
         FINAL_NORM_NAME: (spec.hidden_size,),
         head_name(spec): (spec.vocab_size, spec.hidden_size),
     }
-    for layer in range(spec.num_layers):
+    for layer in spec.layers:
         for name in ("input", "post_attention"):
             shapes[f"model.layers.{layer}.{name}_layernorm.weight"] = (spec.hidden_size,)
     return shapes

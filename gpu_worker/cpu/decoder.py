@@ -9,6 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.checkpoint.checkpoint import OnRead, open_checkpoint
+from gpu_worker.checkpoint.draft_tensors import draft_names, draft_shapes
+from gpu_worker.checkpoint.shards import read_tensors
+from gpu_worker.cpu.draft_layer import DraftLayer
 from gpu_worker.cpu.expert_slots import ExpertSlots, MlpSlot, MlpWeights
 from gpu_worker.cpu.family import DenseLayer, Family, Floats, KvShape, MoeLayer
 from gpu_worker.cpu.kernels import experts as expert_kernels
@@ -16,15 +19,15 @@ from gpu_worker.cpu.kernels import linear as kernels
 from gpu_worker.cpu.mlp import MlpRunner
 from gpu_worker.cpu.on_demand import OnDemandExperts
 from gpu_worker.cpu.step_scratch import TokenScratch
-from gpu_worker.cpu.weights import read_panels, read_vector, weights_dtype
+from gpu_worker.cpu.weights import Weights, read_panels, read_vector, weights_dtype
 from gpu_worker.engine.step_batch import Forward, StepBatch
 from gpu_worker.exchange.interface import Dispatched, Exchange
 from shared.model_spec import ModelSpec
 
 
 class Decoder:
-    """Implements `engine.step_batch.Model`. The caller loads a slot before the first step whose map
-    names it."""
+    """Implements `engine.step_batch.Model`, and `DraftModel` if `spec` has a layer that drafts. The
+    caller loads a slot before the first step whose map names it."""
 
     def __init__(
         self,
@@ -37,7 +40,10 @@ class Decoder:
         on_read: OnRead | None = None,
     ) -> None:
         """Reads everything but the experts. Raises CheckpointError."""
-        checkpoint = open_checkpoint(folder, family.tensor_shapes(), on_read)
+        shapes = family.tensor_shapes()
+        if spec.draft_layers:
+            shapes |= draft_shapes(spec, read_tensors(folder))
+        checkpoint = open_checkpoint(folder, shapes, on_read)
         self.spec = spec
         self.context_tokens_max = min(spec.context_tokens_max, kv.num_tokens)
         """Positions must be below this: the model's limit, or the size of the KV cache."""
@@ -67,8 +73,19 @@ class Decoder:
         self._final_norm_H = read_vector(checkpoint, family.final_norm_name)
         self._w_head = read_panels(checkpoint, family.head_name)
         self.attention = family.read_attention(checkpoint, kv, self.context_tokens_max)
-        self._mlps = [family.read_mlp(checkpoint, layer) for layer in range(spec.num_layers)]
+        self._mlps = [family.read_mlp(checkpoint, layer) for layer in spec.layers]
+        self._layers = list(zip(self.attention, self._mlps, strict=True))
         self._eps = np.float32(family.norm_eps)
+        self._draft: DraftLayer | None = None
+        if (names := draft_names(spec)) is not None:
+            self._draft = DraftLayer(
+                checkpoint,
+                names,
+                embedding_VH=self._embedding_VH,
+                w_head=self._w_head,
+                final_norm_H=self._final_norm_H,
+                norm_eps=self._eps,
+            )
         self._zeros_V: Floats = np.zeros(spec.vocab_size, dtype=np.float32)
         self._tokens = TokenScratch(hidden_size=spec.hidden_size, top_k=spec.top_k)
         self._experts = MlpRunner(
@@ -106,8 +123,9 @@ class Decoder:
             np.take(self._embedding_VH, batch.token_ids_T, axis=0, out=tokens.x_TH[:num_tokens])
         # Without MoE layers ranks exchange nothing, and each rank sleeps on its own.
         any_work: bool | None = None if self.spec.moe_layers else num_tokens > 0
+        any_tokens = num_tokens > 0
         moe_layer = 0
-        for attention, mlp in zip(self.attention, self._mlps, strict=True):
+        for attention, mlp in self._layers[: self.spec.num_layers]:
             if num_tokens:
                 attention.attend(tokens.x_TH, batch)
             if isinstance(mlp, DenseLayer):
@@ -115,12 +133,32 @@ class Decoder:
                 continue
             dispatched = self._route(mlp, moe_layer, num_tokens, exchange)
             if any_work is None:
-                any_work = dispatched.any_work
-                if not dispatched.any_tokens:
+                any_work, any_tokens = dispatched.any_work, dispatched.any_tokens
+                if not any_tokens:
                     break
             self._run_experts(mlp, moe_layer, dispatched, num_tokens, exchange)
             moe_layer += 1
-        return Forward(logits_RV=self._logits(batch.logits_rows_R), any_work=bool(any_work))
+        logits_RV = self._logits(batch.logits_rows_R, self._final_norm_H, self._w_head)
+        return Forward(logits_RV=logits_RV, any_work=bool(any_work), any_tokens=any_tokens)
+
+    def draft(
+        self,
+        batch: StepBatch,
+        next_ids_T: NDArray[np.int32],
+        rows_R: NDArray[np.int32],
+        exchange: Exchange,
+    ) -> Floats:
+        draft, tokens, num_tokens = self._draft, self._tokens, batch.num_tokens
+        assert draft is not None, "the model drafts nothing"
+        attention, mlp = self._layers[-1]
+        assert isinstance(mlp, MoeLayer), "a layer that drafts has experts"
+        if num_tokens:
+            draft.join(tokens.x_TH, next_ids_T, tokens.h_TH)
+            attention.attend(tokens.x_TH, batch)
+        moe_layer = self.num_moe_layers - 1
+        dispatched = self._route(mlp, moe_layer, num_tokens, exchange)
+        self._run_experts(mlp, moe_layer, dispatched, num_tokens, exchange)
+        return self._logits(rows_R, draft.norm_H, draft.w_head)
 
     def _route(
         self, mlp: MoeLayer, moe_layer: int, num_tokens: int, exchange: Exchange
@@ -175,7 +213,7 @@ class Decoder:
         )
         kernels.add_rows(tokens.x_TH, y_TH, num_tokens)
 
-    def _logits(self, rows_R: NDArray[np.int32]) -> Floats:
+    def _logits(self, rows_R: NDArray[np.int32], norm_H: Floats, w_head: Weights) -> Floats:
         """`[rows, vocabulary]`, float32: a new array, which the sampler may keep during the next
         step."""
         logits_RV: Floats = np.empty((rows_R.shape[0], self.vocab_size), dtype=np.float32)
@@ -183,8 +221,8 @@ class Decoder:
             kernels.head_logits(
                 self._tokens.x_TH,
                 rows_R,
-                self._final_norm_H,
-                self._w_head,
+                norm_H,
+                w_head,
                 self._zeros_V,
                 self._eps,
                 self._tokens.h_TH,

@@ -81,7 +81,7 @@ class DenseLayer:
 class Family(Protocol):
     """One architecture, for one config.json.
 
-    `layer` counts decoder layers; `ModelSpec.moe_layers` says which of them have experts. Experts
+    `layer` is one of `ModelSpec.layers`; `ModelSpec.moe_layers` says which have experts. Experts
     are read whenever a slot is loaded, by another thread. Everything else is read once, when the
     rank starts.
     """
@@ -100,7 +100,8 @@ class Family(Protocol):
         ...
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """The shape of every tensor of a complete checkpoint, by its name in the checkpoint."""
+        """The shape of every tensor of a complete checkpoint, by its name in the checkpoint, except
+        those of `checkpoint.draft_tensors`."""
         ...
 
     def read_attention(

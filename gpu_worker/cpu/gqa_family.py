@@ -62,7 +62,7 @@ class GqaFamily:
     def tensor_shapes(self) -> dict[str, Shape]:
         spec = self.spec
         shapes = common_tensor_shapes(spec)
-        for layer in range(spec.num_layers):
+        for layer in spec.layers:
             prefix = f"model.layers.{layer}"
             shapes |= self._attention_shapes(layer)
             if layer in spec.moe_layers:
@@ -103,7 +103,7 @@ class GqaFamily:
                 norm_eps=self.norm_eps,
                 scratch=scratch,
             )
-            for layer in range(self.spec.num_layers)
+            for layer in self.spec.layers
         ]
 
     def read_mlp(self, checkpoint: Checkpoint, layer: int) -> MoeLayer | DenseLayer:

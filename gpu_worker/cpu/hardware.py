@@ -115,6 +115,7 @@ class CpuHardware:
             slots_per_rank=spec.slots_per_rank,
             kv_blocks=config.kv_tokens // config.kv_block_tokens,
             block_tokens=config.kv_block_tokens,
+            speculative_tokens=spec.speculative_tokens,
             on_warm_up=log_progress,
             on_read=progress.count,
         )

@@ -67,7 +67,7 @@ class MlaFamily:
     def tensor_shapes(self) -> dict[str, Shape]:
         spec = self.spec
         shapes = common_tensor_shapes(spec)
-        for layer in range(spec.num_layers):
+        for layer in spec.layers:
             prefix = f"model.layers.{layer}.self_attn"
             shapes |= mla_shapes(prefix, self.shape, bias=self._bias)
             if self.has_indexer:
@@ -91,7 +91,7 @@ class MlaFamily:
                 softmax_factor=self.rope.softmax_factor,
                 scratch=scratch,
             )
-            for layer in range(self.spec.num_layers)
+            for layer in self.spec.layers
         ]
 
     def read_mlp(self, checkpoint: Checkpoint, layer: int) -> MoeLayer | DenseLayer:

@@ -13,7 +13,7 @@ class CpuRunner(ModelRunner):
     """Implements `engine.step_runner.StepRunner`."""
 
     def __init__(self, model: Decoder, exchange: Exchange, rank: RankId) -> None:
-        super().__init__(model, exchange)
+        super().__init__(model, exchange, model if model.spec.draft_layers else None)
         self._on_demand = model.on_demand
         self._rank = rank
 

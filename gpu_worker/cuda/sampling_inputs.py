@@ -31,7 +31,7 @@ def needs_logits(draw: Draw) -> bool:
         draw.counts is not None
         or draw.allowed is not None
         or len(draw.banned) > BANNED_MAX
-        or bool(sampling.logit_bias)
+        or draw.bias is not None
         or sampling.min_p > 0.0
         or sampling.logprobs is not None
     )

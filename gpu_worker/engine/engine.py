@@ -80,6 +80,8 @@ class EngineSnapshot:
     steps_committed: int
     steps_abandoned: int
     tokens_generated: int
+    tokens_drafted: int
+    drafts_accepted: int
     blocks_restored: int
     adoptions: tuple[Adoption, ...]
     out_of_step: Epoch
@@ -123,6 +125,8 @@ class Engine:
         self._steps_committed = 0
         self._steps_abandoned = 0
         self._tokens_generated = 0
+        self._tokens_drafted = 0
+        self._drafts_accepted = 0
 
     def _read_load(self) -> Load:
         timing = self._monitor.timing
@@ -139,6 +143,8 @@ class Engine:
             steps_committed=self._steps_committed,
             steps_abandoned=self._steps_abandoned,
             tokens_generated=self._tokens_generated,
+            tokens_drafted=self._tokens_drafted,
+            drafts_accepted=self._drafts_accepted,
             blocks_restored=self._scheduler.num_restored,
             adoptions=self._adoptions.entries,
             out_of_step=self._runner.out_of_step,
@@ -315,9 +321,11 @@ class Engine:
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         self._monitor.beat(())
-        committed = self._scheduler.commit(plan, result.ids, result.scores)
+        committed = self._scheduler.commit(plan, result.ids, result.scores, result.drafts)
         self._steps_committed += 1
         self._tokens_generated += committed.num_generated
+        self._tokens_drafted += committed.num_drafted
+        self._drafts_accepted += committed.num_accepted
         self._load = self._read_load()
         self._adoptions.record_commit(
             now=self._clock.now(), num_reprefilled=committed.num_reprefilled

@@ -302,6 +302,8 @@ class EngineClient:
             steps_committed=now.steps_committed,
             steps_abandoned=now.steps_abandoned,
             tokens_generated=now.tokens_generated,
+            tokens_drafted=now.tokens_drafted,
+            drafts_accepted=now.drafts_accepted,
             adoptions=now.adoptions,
             blocks_restored=now.blocks_restored,
         )

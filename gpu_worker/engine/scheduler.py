@@ -20,7 +20,9 @@ have written into them). They cost work, never tokens. Restored blocks stay as w
                         begins with what      or is preempted → waits
                         cache and replicas
                         have of it
-    commit              –                     one token more, or ended;   –
+    commit              –                     one token more, or as many  –
+                                              as drafts were right, or
+                                              ended;
                                               full blocks are published
                                               and offered for replication
     abandon             –                     as before the plan;         –
@@ -62,6 +64,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from gpu_worker.engine.drafting import add_drafts, counted_rows
 from gpu_worker.engine.grammar_matcher import Grammars
 from gpu_worker.engine.guided_sequences import GuidedSequences
 from gpu_worker.engine.kv_blocks import KvBlocks
@@ -76,6 +79,8 @@ from gpu_worker.engine.sequence import Origin, Sequence, SequenceState
 from gpu_worker.engine.sequence_blocks import SequenceBlocks
 from gpu_worker.engine.step_budget import StepBudget
 from gpu_worker.engine.step_plan import (
+    NO_DRAFT,
+    NO_DRAFTS,
     ScoredRows,
     StepPlan,
     build_plan,
@@ -94,6 +99,8 @@ class Committed(NamedTuple):
     replies: dict[Origin, list[SessionTokens]]
     num_generated: int
     num_reprefilled: int  # given tokens of continued sessions that were prefilled
+    num_drafted: int = 0  # drafts that were verified
+    num_accepted: int = 0  # those that were right
 
 
 class Scheduler:
@@ -121,7 +128,7 @@ class Scheduler:
         self._sequences: dict[SessionId, Sequence] = {}
         self._streams = ResumableStreams(limits.orphans_max)
         self._shares = TenantShares()
-        self._step_shares = StepShares(limits.tenant_step_tokens)
+        self._step_shares = StepShares(limits.tenant_step_tokens, host_rows=limits.tenant_host_rows)
         self.tenants_elsewhere: Collection[str] = ()
         """Tenants that have sessions in flight, on this rank or others; set before `plan`."""
         self._waiting = WaitingQueue(self._shares)
@@ -312,6 +319,7 @@ class Scheduler:
         budget = StepBudget(self._limits, self._step_shares)
         prompts = [*prefilling, *self._waiting.heads()]
         budget.add_decodes(decoding, {s.scheduling.tenant for s in prompts})
+        grown = [*growing, *add_drafts(budget, self._kv, num_running=len(self._running))]
         admitted: list[Sequence] = []
         restored_max = self.num_restored + self._limits.restored_blocks_enough
         while not budget.is_spent:
@@ -328,29 +336,37 @@ class Scheduler:
                 budget.add_prefill(found, current_state(found))
             else:
                 break
-        plan = build_plan(budget.chunks, self._kv, grown=growing, admitted=admitted)
+        plan = build_plan(budget.chunks, self._kv, grown=grown, admitted=admitted)
         self._plans.append(plan)
         return plan
 
     def commit(
-        self, plan: StepPlan, sampled_ids: Items[int], scores: StepScores | None = None
+        self,
+        plan: StepPlan,
+        sampled_ids: Items[int],
+        scores: StepScores | None = None,
+        drafts: Mapping[int, int] = NO_DRAFTS,
     ) -> Committed:
         """The step took place. `sampled_ids` are the tokens of its wanted rows, `scores` the
-        log-probabilities that were requested."""
+        log-probabilities that were requested, and `drafts` the guesses of what follows the token of
+        a wanted row."""
         first = self._plans.popleft()
         assert plan is first, "an earlier plan is in flight"
-        num_reprefilled = num_generated = 0
+        num_reprefilled = num_generated = num_drafted = num_accepted = 0
         for sequence in plan.admitted:
             self._blocks.count_begun(sequence)
             self._shares.confirm(sequence)
         self._shares.charge_tokens(plan.sampled)
-        for sequence, num_tokens, _ in plan.chunks:
+        for chunk in plan.chunks:
+            sequence, num_tokens = chunk.sequence, chunk.num_tokens - len(chunk.drafts)
+            num_drafted += len(chunk.drafts)
             if sequence.state is not SequenceState.RUNNING:  # ended while the step was in flight
                 continue
             if sequence.num_emitted:
                 left = sequence.num_given - sequence.num_computed
                 num_reprefilled += min(max(left, 0), num_tokens)
             sequence.num_computed += num_tokens
+            sequence.drafts = ()
             self._blocks.publish(sequence)
         replies: dict[Origin, list[SessionTokens]] = {}
         for rows, logprobs in zip(plan.scored, scores.prompt if scores else (), strict=True):
@@ -359,14 +375,27 @@ class Scheduler:
             reply = self._take_prompt_scores(rows, logprobs)
             replies.setdefault(rows.sequence.origin, []).append(reply)
         of_sampled = scores.sampled if scores else ((),) * len(plan.sampled)
-        for sequence, token, logprob in zip(plan.sampled, sampled_ids, of_sampled, strict=True):
-            if sequence.state is SequenceState.RUNNING:  # its prompt's scores may have failed
-                num_generated += 1
-                reply = self._take_token(sequence, token, logprob)
-                replies.setdefault(sequence.origin, []).append(reply)
-        for sequence, _, _ in plan.chunks:
-            self._blocks.offer(sequence)
-        return Committed(replies, num_generated, num_reprefilled)
+        counted = counted_rows(plan, sampled_ids)
+        tokens: dict[Sequence, SessionTokens] = {}
+        for row, token in enumerate(sampled_ids):
+            sequence = plan.sampled[row]
+            # Its prompt's scores may have failed, or the token before have been its last.
+            if not counted[row] or sequence.state is not SequenceState.RUNNING:
+                continue
+            if plan.follows[row] != NO_DRAFT:
+                num_accepted += 1
+                sequence.num_computed += 1
+                self._blocks.publish(sequence)
+            num_generated += 1
+            reply = self._take_token(sequence, token, of_sampled[row])
+            tokens[sequence] = _joined(tokens[sequence], reply) if sequence in tokens else reply
+            if row in drafts and sequence.state is SequenceState.RUNNING:
+                sequence.drafts = (drafts[row],)
+        for sequence, reply in tokens.items():
+            replies.setdefault(sequence.origin, []).append(reply)
+        for chunk in plan.chunks:
+            self._blocks.offer(chunk.sequence)
+        return Committed(replies, num_generated, num_reprefilled, num_drafted, num_accepted)
 
     def abandon(self, plan: StepPlan) -> None:
         """The step did not take place."""
@@ -489,3 +518,13 @@ class Scheduler:
 
 def _is_in_mid_stream(sequence: Sequence) -> bool:
     return sequence.next_index > 0
+
+
+def _joined(reply: SessionTokens, following: SessionTokens) -> SessionTokens:
+    """One message for the tokens of both."""
+    return replace(
+        reply,
+        ids=reply.ids + following.ids,
+        logprobs=reply.logprobs + following.logprobs,
+        finish=following.finish,
+    )

@@ -31,6 +31,7 @@ class SchedulerLimits:
     step_sequences_max: int = NO_LIMIT  # in one step; also its wanted rows of logits
     mixed_prefill_tokens: int = NO_LIMIT  # in a step with decodes: see `step_budget`
     tenant_step_tokens: int = NO_LIMIT  # of one tenant in a step of several: see `step_shares`
+    tenant_host_rows: int = NO_LIMIT  # as well, of those whose tokens the host draws
     prefix_cache: bool = True
     orphans_max: int = 256
     scored_logits_max: int = 1 << 24  # prompt rows of one step times the vocabulary

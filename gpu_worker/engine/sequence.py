@@ -6,7 +6,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NewType
 
-from gpu_worker.engine.draw import count_tokens
+from gpu_worker.engine.draw import count_tokens, logit_bias_of
 from gpu_worker.engine.grammar_matcher import GrammarMatcher, TokenBitmask
 from gpu_worker.engine.token_limits import token_limits
 from shared.types import FinishReason, RankId
@@ -37,7 +37,9 @@ class Sequence:
         "attempt",
         "block_names",
         "decoded_in",
+        "drafts",
         "is_charged",
+        "logit_bias",
         "matcher",
         "num_cached",
         "num_charged",
@@ -91,10 +93,12 @@ class Sequence:
         self.token_counts = count_tokens(
             submit.sampling, self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
         )
+        self.logit_bias = logit_bias_of(submit.sampling)
         self.token_limits = token_limits(submit.sampling, self.tokens[self.num_prompt :])
         self.matcher: GrammarMatcher | None = None
         self.num_computed = 0
         self.block_names: list[bytes] = []  # of the full blocks of `tokens`, as far as requested
+        self.drafts: tuple[int, ...] = ()  # guesses of the tokens after `tokens`; see `drafting`
         self.num_published = 0  # blocks of its row that are named, so never written again
         self.num_offered = 0  # of these, how many were offered to the replicator
         self.num_cached: int | None = None  # tokens that were in the cache when it first ran
@@ -160,6 +164,11 @@ class Sequence:
             or self.token_counts is not None
             or (self.token_limits is not None and self.token_limits.depends_on_tokens)
         )
+
+    def may_have_drafts_at(self, num_tokens: int) -> bool:
+        """Whether, once it has so many tokens, a guess of the next one is of use: it generates more
+        than one, and they depend on nothing but logits and seed."""
+        return not self.depends_on_tokens and not self.is_full_at(num_tokens + 1)
 
     @property
     def wants_prompt_logits(self) -> bool:

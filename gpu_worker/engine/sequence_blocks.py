@@ -82,6 +82,7 @@ class SequenceBlocks:
         self._kv.close(sequence.row)
         sequence.row = NO_ROW
         sequence.num_computed = sequence.num_published = sequence.num_offered = 0
+        sequence.drafts = ()
 
     def rename(self, sequence: Sequence, session: SessionId) -> None:
         """It goes on as this session. Its blocks are offered again under the new name, by which the

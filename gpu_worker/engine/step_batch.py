@@ -37,10 +37,12 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """Logits of the wanted rows. `any_work`: whether any rank had work in this step."""
+    """Logits of the wanted rows. Whether any rank had work in this step, and whether any had
+    tokens: the same on every rank."""
 
     logits_RV: NDArray[np.float32]
     any_work: bool
+    any_tokens: bool
 
 
 class Model(Protocol):
@@ -57,4 +59,21 @@ class Model(Protocol):
         """Runs every layer. If `Dispatched.any_tokens` is false at the first MoE layer, skips the
         rest. Raises StepAbandoned from the exchange; the KV written so far is then harmless,
         because a replay writes the same values to the same places."""
+        ...
+
+
+class DraftModel(Protocol):
+    """A model with one more layer, which guesses the token after the one that was drawn last. The
+    layer has a KV cache and expert slots as the others have."""
+
+    def draft(
+        self,
+        batch: StepBatch,
+        next_ids_T: NDArray[np.int32],
+        rows_R: NDArray[np.int32],
+        exchange: Exchange,
+    ) -> NDArray[np.float32]:
+        """Runs the layer over the batch of the `forward` before, in which some rank had tokens.
+        `next_ids_T[t]` is the token after row t. Returns `[R, V]`: for each of the rows `rows_R`
+        the logits of the token after that one. Raises StepAbandoned, as `forward`."""
         ...

@@ -31,6 +31,8 @@ class StepBudget:
         self._rows_left = limits.step_sequences_max
         self._mixed_left = limits.mixed_prefill_tokens
         self._has_decodes = False
+        self._also_prefill: Collection[str] = ()
+        self._drafts_left = 0
         # The logits of a step are one matrix: rows times the vocabulary.
         self._scored_rows_left = limits.scored_rows_max
 
@@ -45,9 +47,28 @@ class StepBudget:
 
     def add_decodes(self, wanted: Items[Decode], also_prefill: Collection[str]) -> None:
         """As many as each tenant may have. Tenants of `also_prefill` have prompts to compute."""
+        self._also_prefill = also_prefill
         for sequence, projected in self._shares.decodes(wanted, also_prefill):
             self._has_decodes = True
             self._add(Chunk(sequence, 1, projected))
+        self._drafts_left = min(self._tokens_left, self._rows_left) // 2
+
+    def add_drafts(self, index: int, drafts: tuple[int, ...]) -> bool:
+        """Lets the decode `chunks[index]` verify these as well, if nobody else loses by it: not if
+        its tenant's prompts wait for their part of the step, and in half of what decodes leave.
+        Returns whether it does."""
+        chunk, count = self.chunks[index], len(drafts)
+        sequence = chunk.sequence
+        left = self._shares.left(sequence)
+        is_held_back = left < NO_LIMIT and sequence.scheduling.tenant in self._also_prefill
+        if is_held_back or count > min(left, self._drafts_left):
+            return False
+        self.chunks[index] = chunk._replace(num_tokens=chunk.num_tokens + count, drafts=drafts)
+        self._drafts_left -= count
+        self._tokens_left -= count
+        self._rows_left -= count
+        self._shares.take(sequence, count)
+        return True
 
     def add_prefill(self, sequence: Sequence, projected: ProjectedState) -> None:
         """Adds as many of its pending tokens as fit, which may be none."""
@@ -61,11 +82,16 @@ class StepBudget:
             self._add(Chunk(sequence, num_tokens, projected))
             if not sequence.num_emitted:
                 self._shares.take(sequence, num_tokens)
+            if num_tokens == projected.num_pending and sequence.samples:
+                self._shares.take_draw(sequence)
             self._mixed_left -= num_tokens * _cost(projected) // _CONTEXT_TOKENS
 
     def _prefill_left(self, sequence: Sequence) -> int:
         """What a death makes this rank compute again is not the tenant's doing."""
-        return NO_LIMIT if sequence.num_emitted else self._shares.left(sequence)
+        if sequence.num_emitted:
+            return NO_LIMIT
+        # Which chunk is its last is not known before its blocks are.
+        return self._shares.left(sequence) if self._shares.may_draw(sequence) else 0
 
     def _mixed_tokens(self, projected: ProjectedState) -> int:
         """How many of the sequence's next tokens fit beside decodes."""

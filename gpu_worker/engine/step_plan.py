@@ -3,9 +3,10 @@ step after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +17,18 @@ from gpu_worker.engine.projected_state import KNOWN, ProjectedState, current_sta
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_batch import StepBatch
 
+NO_DRAFT = -1
+NO_DRAFTS: Mapping[int, int] = MappingProxyType({})
+
 
 class Chunk(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of a sequence, whose state is `projected` then."""
+    """The next `num_tokens` uncomputed tokens of a sequence, whose state is `projected` then. The
+    last of them may be `drafts`, which follow all known tokens."""
 
     sequence: Sequence
     num_tokens: int
     projected: ProjectedState
+    drafts: tuple[int, ...] = ()
 
 
 class ScoredRows(NamedTuple):
@@ -39,12 +45,14 @@ class ScoredRows(NamedTuple):
 class StepPlan:
     """`draws[i]` and `sampled[i]` belong to row i of the wanted logits. The rows of `scored` follow
     them, in order. A token id of -1 - r in the batch stands for the token that the step before
-    samples in its row r."""
+    samples in its row r. `follows[i]` is the draft whose row i is, if it is one's: it counts only
+    if row i - 1 does and gives that token (`drafting`); else NO_DRAFT."""
 
     batch: StepBatch
     chunks: tuple[Chunk, ...]
     sampled: tuple[Sequence, ...]
     draws: tuple[Draw, ...]
+    follows: tuple[int, ...]
     scored: tuple[ScoredRows, ...]
     grown: tuple[Sequence, ...]  # got one more block for this step
     admitted: tuple[Sequence, ...]  # in order of priority
@@ -60,21 +68,26 @@ def build_plan(
     scored: list[ScoredRows] = []
     scored_rows: list[int] = []
     draws: list[Draw] = []
-    for sequence, num_tokens, projected in chunks:
+    follows: list[int] = []
+    for sequence, num_tokens, projected, drafts in chunks:
         begin = projected.num_computed
-        end = begin + num_tokens
+        end = begin + num_tokens - len(drafts)
         if sequence.wants_prompt_logits and (rows := _scored_rows(sequence, begin, end)):
             scored.append(rows)
             row = len(token_ids) + rows.first - 1 - begin
             scored_rows += range(row, row + len(rows.targets))
         token_ids += sequence.tokens[begin:end]
-        positions += range(begin, end)
+        positions += range(begin, begin + num_tokens)
         if end == projected.num_tokens and projected.row != KNOWN:
             token_ids.append(-1 - projected.row)
         if end == projected.num_tokens and sequence.samples:
-            wanted.append(len(token_ids) - 1)
-            sampled.append(sequence)
-            draws.append(_draw(sequence, projected.num_tokens))
+            for ahead, draft in enumerate((NO_DRAFT, *drafts)):
+                if draft != NO_DRAFT:
+                    token_ids.append(draft)
+                wanted.append(len(token_ids) - 1)
+                sampled.append(sequence)
+                draws.append(_draw(sequence, end + ahead))
+                follows.append(draft)
     index_S = np.arange(len(chunks), dtype=np.int32)
     batch = StepBatch(
         token_ids_T=np.array(token_ids, dtype=np.int32),
@@ -88,6 +101,7 @@ def build_plan(
         chunks=tuple(chunks),
         sampled=tuple(sampled),
         draws=tuple(draws),
+        follows=tuple(follows),
         scored=tuple(scored),
         grown=tuple(grown),
         admitted=tuple(admitted),
@@ -117,7 +131,8 @@ def projected_after(
 
 def depends_on_tokens(before: StepPlan) -> bool:
     """Whether the step after this one can be planned only once this one's tokens are known."""
-    return bool(before.scored) or any(s.depends_on_tokens for s in before.sampled)
+    has_drafts = any(draft != NO_DRAFT for draft in before.follows)
+    return has_drafts or bool(before.scored) or any(s.depends_on_tokens for s in before.sampled)
 
 
 def _draw(sequence: Sequence, num_tokens: int) -> Draw:
@@ -127,6 +142,7 @@ def _draw(sequence: Sequence, num_tokens: int) -> Draw:
         sequence.banned_ids_at(num_tokens),
         sequence.token_counts,
         sequence.allowed,
+        sequence.logit_bias,
     )
 
 

@@ -3,14 +3,15 @@ when a step runs, and the scheduler what it contains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
+from gpu_worker.engine.drafting import draft_step
 from gpu_worker.engine.logprobs import StepScores, score_step
 from gpu_worker.engine.monitor import EngineMonitor
 from gpu_worker.engine.sampler import sample
-from gpu_worker.engine.step_batch import Model
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.engine.step_batch import DraftModel, Model
+from gpu_worker.engine.step_plan import NO_DRAFTS, StepPlan
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
 from gpu_worker.exchange.interface import Exchange
 from shared.expert_map import ExpertMap
@@ -19,11 +20,13 @@ from shared.types import Epoch, Step
 
 class StepResult(NamedTuple):
     """`ids[i]` is the token of the plan's sampled sequence i, or `sampler.NO_TOKEN`. `any_work` is
-    false if all members sleep after this step; it is the same on every rank."""
+    false if all members sleep after this step; it is the same on every rank. `drafts[i]` is a guess
+    of what follows `ids[i]`."""
 
     ids: list[int]
     scores: StepScores
     any_work: bool
+    drafts: Mapping[int, int] = NO_DRAFTS
 
 
 class StepRunner(Protocol):
@@ -97,8 +100,10 @@ class ModelRunner:
 
     counts_across_epochs = False
 
-    def __init__(self, model: Model, exchange: Exchange) -> None:
+    def __init__(self, model: Model, exchange: Exchange, drafts: DraftModel | None = None) -> None:
+        """`drafts` is the same model, if it has a layer that drafts; on every rank, or on none."""
         self._model = model
+        self._drafts = drafts
         self._exchange = exchange
         self._plan: StepPlan | None = None
 
@@ -135,4 +140,7 @@ class ModelRunner:
         forward = self._model.forward(plan.batch, self._exchange)
         ids = sample(forward.logits_RV, plan.draws)
         scores = score_step(plan, forward.logits_RV, ids)
-        return StepResult(ids, scores, forward.any_work)
+        if self._drafts is None or not forward.any_tokens:
+            return StepResult(ids, scores, forward.any_work)
+        drafts = draft_step(self._drafts, self._exchange, plan, ids)
+        return StepResult(ids, scores, forward.any_work, drafts)

@@ -36,13 +36,19 @@ class TokenLimits:
 
     __slots__ = ("_allowed", "_bad_ids", "_bad_words", "_recent", "_thinking")
 
+    # `_bad_words`: those of several tokens, by the one before the last. There may be hundreds, and
+    # after most tokens none of them is near its end.
+
     def __init__(self, sampling: SamplingParams, generated: Sequence[int]) -> None:
         self._bad_ids = tuple(word[0] for word in sampling.bad_words if len(word) == 1)
-        self._bad_words = tuple(word for word in sampling.bad_words if len(word) > 1)
+        longer = [word for word in sampling.bad_words if len(word) > 1]
+        self._bad_words: dict[int, list[tuple[int, ...]]] = {}
+        for word in longer:
+            self._bad_words.setdefault(word[-2], []).append(word)
         self._allowed = (
             bitmask_of(sampling.allowed_token_ids) if sampling.allowed_token_ids else None
         )
-        longest = max(map(len, self._bad_words), default=1) - 1
+        longest = max(map(len, longer), default=1) - 1
         self._recent = _Recent(longest)
         budget = sampling.thinking_budget
         self._thinking = None if budget is None else _ThinkingProgress(budget)
@@ -62,7 +68,8 @@ class TokenLimits:
 
     def banned(self) -> tuple[int, ...]:
         """As vLLM: the last token of a bad word whose other tokens were just generated."""
-        ends = (word[-1] for word in self._bad_words if self._recent.ends_with(word[:-1]))
+        words = self._bad_words.get(self._recent.last, ())
+        ends = (word[-1] for word in words if self._recent.ends_with(word[:-1]))
         return (*self._bad_ids, *ends)
 
     def allowed(self, by_grammar: TokenBitmask | None) -> TokenBitmask | None:
@@ -85,6 +92,11 @@ class _Recent:
     def add(self, token: int) -> None:
         if self._count:
             self._tokens = (*self._tokens, token)[-self._count :]
+
+    @property
+    def last(self) -> int:
+        """-1 if there is none."""
+        return self._tokens[-1] if self._tokens else -1
 
     def ends_with(self, tokens: tuple[int, ...]) -> bool:
         return len(tokens) <= len(self._tokens) and self._tokens[-len(tokens) :] == tokens

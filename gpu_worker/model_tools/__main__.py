@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpu_worker.model_tools.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS
+from gpu_worker.model_tools.seeded_drafts import Guesses
 from shared.errors import StarfishError
 from shared.model_spec import read_model_spec
 
@@ -39,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed.add_argument("--family", choices=sorted(SEEDED_CONFIGS), default=DEFAULT_FAMILY)
     seed.add_argument("--dtype", choices=_SEED_DTYPES, default="float32")
     seed.add_argument("--seed", type=int, default=0)
+    seed.add_argument(
+        "--guesses",
+        choices=[guesses.value for guesses in Guesses],
+        help="add a layer of multi-token prediction whose guesses are random, or a decoder that is "
+        "easy to guess with a layer that does (deepseek_v3, deepseek_v32, glm4_moe)",
+    )
     score = commands.add_parser("score", help="print negative log-likelihoods of given tokens")
     score.add_argument("folder", type=Path)
     score.add_argument("tokens", type=Path, help="a JSON list of lists of token ids")
@@ -60,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "score":
             _score(options.folder, options.tokens, options.num_ranks, options.without_rank)
         else:
-            _seed(options.out, options.family, options.dtype, options.seed)
+            guesses = None if options.guesses is None else Guesses(options.guesses)
+            _seed(options.out, options.family, options.dtype, options.seed, guesses)
     except (StarfishError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -73,13 +81,18 @@ def _warm_up() -> None:
     warm_up(_print_progress)
 
 
-def _seed(folder: Path, family: str, dtype: str, seed: int) -> None:
+def _seed(folder: Path, family: str, dtype: str, seed: int, guesses: Guesses | None) -> None:
     import torch
 
     from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 
     create_seeded_checkpoint(
-        folder, seed, _print_progress, family=family, dtype=getattr(torch, dtype)
+        folder,
+        seed,
+        _print_progress,
+        family=family,
+        dtype=getattr(torch, dtype),
+        guesses=guesses,
     )
 
 

@@ -23,13 +23,15 @@ import torch
 from numpy.typing import NDArray
 
 from gpu_worker.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Shape
+from gpu_worker.checkpoint.draft_tensors import draft_names, draft_shapes
 from gpu_worker.checkpoint.safetensors_file import SafetensorsFile
 from gpu_worker.cpu.registry import family_class
 from gpu_worker.model_tools import fp8_blocks
 from gpu_worker.model_tools.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS, Config
+from gpu_worker.model_tools.seeded_drafts import Guesses, SeededDrafts
 from gpu_worker.model_tools.seeded_tokenizer import END_OF_TEXT, END_OF_TURN, write_tokenizer
 from shared.errors import CheckpointError
-from shared.model_spec import read_model_spec
+from shared.model_spec import NUM_DRAFT_LAYERS, read_model_spec, with_drafts
 
 # Found by trial: of 96 greedy tokens after a prompt 94 to 96 are distinct, and float32 rounding is
 # amplified so little that logits agree with other implementations to 6e-5.
@@ -46,13 +48,17 @@ def create_seeded_checkpoint(
     num_shards: int = 2,
     family: str = DEFAULT_FAMILY,
     dtype: torch.dtype = torch.float32,
+    guesses: Guesses | None = None,
     **changes: Any,
 ) -> None:
     """Writes a temporary folder and renames it to `folder`. If another process makes `folder`
     meanwhile, that one stays. `changes` are entries of config.json. With `dtype` float8_e4m3fn,
-    projections are block-scaled FP8, as DeepSeek publishes them, and the rest is bfloat16. Raises
-    CheckpointError if `folder` has a checkpoint of another family."""
+    projections are block-scaled FP8, as DeepSeek publishes them, and the rest is bfloat16.
+    `guesses`: it gets a layer of multi-token prediction. Raises CheckpointError if `folder` has a
+    checkpoint of another family, or if the family has no such layer."""
     config = SEEDED_CONFIGS[family] | changes
+    if guesses is not None:
+        config |= {NUM_DRAFT_LAYERS: 1}
     if (folder / "config.json").exists():
         there = read_model_spec(folder).architecture
         if there not in config["architectures"]:
@@ -62,7 +68,7 @@ def create_seeded_checkpoint(
     aside.mkdir(parents=True)
     try:
         _write_config(aside, config | _dtype_entries(dtype))
-        _write_weights(aside, seed, num_shards, dtype, on_progress)
+        _write_weights(aside, seed, num_shards, dtype, guesses, on_progress)
         try:
             aside.rename(folder)
         except OSError:
@@ -104,10 +110,14 @@ def _write_weights(
     seed: int,
     num_shards: int,
     dtype: torch.dtype,
+    guesses: Guesses | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    spec = read_model_spec(folder)
-    shapes = family_class(spec.architecture)(spec).tensor_shapes()
+    spec = with_drafts(read_model_spec(folder), 0 if guesses is None else 1)
+    shapes = family_class(spec.architecture)(spec).tensor_shapes() | draft_shapes(spec)
+    drafts: SeededDrafts | None = None
+    if guesses is not None and (names := draft_names(spec)) is not None:
+        drafts = SeededDrafts(spec, names, guesses)
     shards = _split(shapes, num_shards)
     dtypes = {name: _dtype_of(name, shape, dtype) for name, shape in shapes.items()}
     scale_shapes = {
@@ -130,7 +140,11 @@ def _write_weights(
             weight_map |= dict.fromkeys(of_file, file_name)
 
         def write(name: str) -> int:
-            values = torch.from_numpy(_random_tensor(name, shapes[name], seed))
+            source = name if drafts is None else drafts.source_of(name)
+            drawn = _random_tensor(source, shapes[name], seed)
+            if drafts is not None:
+                drawn = drafts.edited(name, drawn)
+            values = torch.from_numpy(drawn)
             if dtypes[name] is not fp8_blocks.CODES:
                 return files[name].write(name, values.to(dtypes[name]))
             codes, scales = fp8_blocks.quantise(values)

@@ -21,6 +21,7 @@ def grammar_of(kind: GrammarKind, text: str, *, json_space: str = JSON_SPACE) ->
         match kind:
             case GrammarKind.JSON_SCHEMA:
                 schema = close_objects(json.loads(text))
+                schema = {} if schema is True else schema  # any JSON; options need an object
                 options = space_options(json_space)
                 return LLMatcher.grammar_from_json_schema(json.dumps(schema), options)  # type: ignore[arg-type]
             case GrammarKind.CHOICE:

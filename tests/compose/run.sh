@@ -2,7 +2,9 @@
 # Brings the compose files up on a real engine of its own. On the one host of docker-compose.yml it
 # streams completions, kills the process of a rank's container in the middle, and wants every token;
 # on docker-compose.cluster.yml it kills each part in turn, under load. Fails where the engine cannot
-# start. Needs root; leaves nothing behind. FORMS="host cluster" says which of them.
+# start. Needs root; leaves nothing behind. Argument: the bin folder of an installed checkout.
+# FORMS="host cluster" says which of them, FORMS= builds the image alone. KEEP=FOLDER keeps the
+# engine's images and layers there, so that the next build is quick; otherwise all is in memory.
 #
 # The engine runs twice on one data root: without a bridge on the host's network to build (pip needs
 # the network), then inside a network namespace of its own, where it may do with bridges and
@@ -10,10 +12,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
-bin=$root/.venv/bin
-forms=${FORMS:-host cluster}
+bin=$(realpath "${1:-.venv/bin}")
+forms=${FORMS-host cluster}
+base=python:3.11-slim-bookworm
+balancer=haproxy:3.2
+index_port=18471 # always the same: it is part of what the engine knows a layer by
 work=
+data=
 engine_pid=
+index_pid=
 compose=
 namespace=starfish-compose-$$
 
@@ -33,10 +40,12 @@ clean_up() {
   set +e
   if [ -n "$engine_pid" ] && [ -n "$compose" ]; then take_down; fi
   stop_engine
+  [ -z "$index_pid" ] || kill "$index_pid"
   ip netns delete "$namespace" 2>/dev/null
   if [ -n "$work" ]; then
-    grep -o " $work[^ ]*" /proc/mounts | sort -r | while read -r mount; do umount -l "$mount"; done
-    rm -rf "$work"
+    awk '{print $2}' /proc/mounts | grep -E "^($work|$data)(/|$)" | sort -r \
+      | while read -r mount; do umount -l "$mount"; done
+    rmdir "$work"
   fi
 }
 trap clean_up EXIT
@@ -61,7 +70,7 @@ start_engine() { # arguments: a command to run it under, then flags
   local under=$1
   shift
   # shellcheck disable=SC2086
-  $under dockerd --data-root "$work/data" --exec-root "$work/exec" --pidfile "$work/pid" \
+  $under dockerd --data-root "$data" --exec-root "$work/exec" --pidfile "$work/pid" \
     -H "unix://$work/docker.sock" "$@" >>"$work/dockerd.log" 2>&1 &
   engine_pid=$!
   for _ in $(seq 100); do
@@ -77,7 +86,10 @@ take_down() { timeout 90 "${compose[@]}" down --volumes --timeout 3 >/dev/null 2
 
 # Two images that the project takes from elsewhere, which cannot be pulled everywhere.
 
+has_image() { docker image inspect "$1" >/dev/null 2>&1; }
+
 make_base() { # stands in for the image that FROM names
+  has_image "$base" && return 0
   say "making the base image"
   mmdebstrap --quiet --variant=minbase \
     --include=python3,python3-pip,python3-venv,ca-certificates bookworm "$work/base.tar"
@@ -85,22 +97,39 @@ make_base() { # stands in for the image that FROM names
   tar -C "$work/base" -xf "$work/base.tar" --exclude './dev/*'
   rm "$work/base.tar"
   cp /etc/ssl/certs/ca-certificates.crt "$work/base/etc/ssl/certs/ca-certificates.crt"
-  # The one wheel of which the index has several builds: the build that this checkout runs on.
-  "$bin/python" -m pip download -q --no-deps --dest "$work/base/opt/wheels" torch==2.13.0
-  printf '[global]\ncert = %s\nfind-links = /opt/wheels\n' \
-    /etc/ssl/certs/ca-certificates.crt >"$work/base/etc/pip.conf"
+  printf '[global]\ncert = %s\n' /etc/ssl/certs/ca-certificates.crt >"$work/base/etc/pip.conf"
   ln -sf python3 "$work/base/usr/bin/python"
   rm -f "$work"/base/usr/lib/python3.*/EXTERNALLY-MANAGED
-  tar -C "$work/base" -c . | docker import - python:3.11-slim-bookworm >/dev/null
+  tar -C "$work/base" -c . | docker import - "$base" >/dev/null
   rm -rf "$work/base"
 }
 
 make_balancer() { # Debian's haproxy
+  has_image "$balancer" && return 0
   say "making the balancer's image"
   mmdebstrap --quiet --variant=minbase --include=haproxy bookworm "$work/balancer.tar"
-  docker import "$work/balancer.tar" haproxy:3.2 >/dev/null
+  docker import "$work/balancer.tar" "$balancer" >/dev/null
   rm "$work/balancer.tar"
 }
+
+build_image() {
+  say "building the image"
+  # torch is the one wheel of which there are several builds: that of this checkout.
+  mkdir -p "$work/index/torch"
+  "$bin/python" -m pip download -q --no-deps --dest "$work/index/torch" torch==2.13.0
+  "$bin/python" -m http.server --bind 127.0.0.1 --directory "$work/index" "$index_port" \
+    >"$work/index.log" 2>&1 &
+  index_pid=$!
+  docker build --network host -q --target cpu --build-arg "BASE_IMAGE=$base" \
+    --build-arg "TORCH_INDEX=http://127.0.0.1:$index_port" \
+    -t "$STARFISH_IMAGE" "$root" >"$work/build.log" 2>&1 \
+    || { tail -30 "$work/build.log" >&2; fail "the image does not build"; }
+  kill "$index_pid"
+  index_pid=
+  say "the image has $(size "$STARFISH_IMAGE") MB, of which $(size "$base") are its base's"
+}
+
+size() { echo $(($(docker image inspect --format '{{.Size}}' "$1") / 1000000)); }
 
 bring_up() { # argument: the compose file
   say "starting $1 in a network namespace of its own"
@@ -137,6 +166,7 @@ try_cluster() {
 
 require_tools
 work=$(mktemp -d /tmp/starfish-compose.XXXXXX)
+data=$(realpath -m "${KEEP:-$work/data}")
 mount -t tmpfs -o size=8g starfish-compose "$work"
 export DOCKER_HOST=unix://$work/docker.sock DOCKER_CONFIG=$work/config DOCKER_BUILDKIT=0
 export COMPOSE_BAKE=false STARFISH_IMAGE=starfish-moe:test
@@ -146,10 +176,7 @@ ln -s "$bin/docker-compose" "$DOCKER_CONFIG/cli-plugins/docker-compose"
 start_engine "" --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false --bridge=none
 make_base
 [[ $forms != *cluster* ]] || make_balancer
-say "building the image"
-docker build --network host -q --target cpu -t "$STARFISH_IMAGE" "$root" >"$work/build.log" 2>&1 \
-  || { tail -30 "$work/build.log" >&2; fail "the image does not build"; }
-say "the image has $(($(docker image inspect --format '{{.Size}}' "$STARFISH_IMAGE") / 1000000)) MB"
+build_image
 stop_engine
 
 ip netns add "$namespace"

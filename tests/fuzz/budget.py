@@ -23,22 +23,29 @@ class Fuzzing:
     reaches what chance seldom does."""
 
     def __init__(self, target: str) -> None:
+        self._target = target
         self.seed = int(os.environ.get("STARFISH_FUZZ_SEED", "0"))
         self.rng = random.Random(f"{target} {self.seed}")
         self._seconds = float(os.environ.get("STARFISH_FUZZ_SECONDS", str(SECONDS_IN_CI)))
         self._folder = CORPUS / target
         self.num_inputs = 0
+        self._slowest_s = 0.0
 
     def corpus(self) -> list[bytes]:
         return [path.read_bytes() for path in sorted(self._folder.glob("*.input"))]
 
     def rounds(self) -> Iterator[int]:
-        """Ends when the time is over. Fails if memory has grown without end meanwhile."""
-        until, before_mb = time.monotonic() + self._seconds, _peak_mb()
-        while time.monotonic() < until:
+        """Ends when the time is over, and says what has been tried. Fails if memory has grown
+        without end meanwhile."""
+        began, before_mb = time.monotonic(), _peak_mb()
+        while time.monotonic() < began + self._seconds:
             yield self.num_inputs
             self.num_inputs += 1
         grown_mb = _peak_mb() - before_mb
+        print(
+            f"\n{self._target}: seed {self.seed}, {self.num_inputs} inputs in "
+            f"{self._seconds:.0f} s, slowest {self._slowest_s:.2f} s, memory +{grown_mb:.0f} MB"
+        )
         assert grown_mb < MEMORY_GROWTH_MAX_MB, f"{grown_mb:.0f} MB more than at first"
 
     @contextmanager
@@ -48,6 +55,7 @@ class Fuzzing:
         try:
             yield
             took_s = time.monotonic() - began
+            self._slowest_s = max(self._slowest_s, took_s)
             assert took_s < INPUT_TIMEOUT_S, f"an input of {len(data)} bytes took {took_s:.1f} s"
         except BaseException:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -147,7 +147,7 @@ class Mutator:
                 return [self.junk(depth + 1) for _ in range(rng.randrange(4))]
             case _:
                 nested: Any = 1
-                for _ in range(rng.choice((3, 40, 400))):
+                for _ in range(rng.choice((3, 40, 400, 900, 950, 980))):
                     nested = [nested] if rng.random() < 0.5 else {"a": nested}
                 return nested
 

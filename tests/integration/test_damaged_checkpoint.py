@@ -1,5 +1,5 @@
-"""A rank that reads a damaged expert says which, and leaves; the others serve on, and it is back as
-soon as the file is whole again."""
+"""A rank that reads a damaged expert, or finds no checkpoint, says so and leaves; the others serve
+on, and it is back as soon as the files are whole again."""
 
 from __future__ import annotations
 
@@ -51,5 +51,21 @@ async def test_a_rank_refuses_a_damaged_expert_and_joins_once_it_is_whole(tmp_pa
         assert list(await cluster.live_ranks()) == [0]
         assert await cluster.stream(PROMPT, max_tokens=8) == before
         flip(expert)
+        await cluster.wait_live(2)
+        assert await cluster.stream(PROMPT, max_tokens=8) == before
+
+
+async def test_a_rank_comes_back_once_the_volume_with_its_checkpoint_does(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    create_seeded_checkpoint(model, seed=7, **SMALL)
+    async with running_cluster(tmp_path / "run", model, ranks=2) as cluster:
+        before = await cluster.stream(PROMPT, max_tokens=8)
+        assert before.error is None
+        away = model.rename(tmp_path / "away")
+        os.kill((await cluster.wait_live(2))[1], signal.SIGKILL)
+        await wait_for_complaint(tmp_path / "run", f"starfish rank: {model} is not a folder")
+        assert list(await cluster.live_ranks()) == [0]
+        assert await cluster.stream(PROMPT, max_tokens=8) == before
+        away.rename(model)
         await cluster.wait_live(2)
         assert await cluster.stream(PROMPT, max_tokens=8) == before

@@ -30,7 +30,7 @@ class Event(NamedTuple):
     @property
     def choice(self) -> int:
         """-1: of no choice."""
-        choices = json.loads(self.data)["choices"] if self.data.startswith("{") else []
+        choices = json.loads(self.data).get("choices") if self.data.startswith("{") else None
         return int(choices[0]["index"]) if choices else -1
 
 
@@ -65,7 +65,7 @@ async def stream(
     if response.status != 200:
         return response.status, [Event("", text)]
     events = []
-    for part in text.removesuffix("\n\n").split("\n\n"):
+    for part in text.split("\n\n")[:-1]:
         lines = dict(line.split(": ", 1) for line in part.split("\n"))
         events.append(Event(lines.get("id", ""), lines["data"]))
     return 200, events
@@ -113,18 +113,91 @@ async def test_after_each_event_reasoning_and_calls_go_on_where_they_were(
     assert any("~" in event.id for event in events)
 
 
+MESSAGES_TOOLS = [
+    {"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]}
+    for tool in TOOLS
+]
+RESPONSES_TOOLS = [{"type": "function", **tool["function"]} for tool in TOOLS]
+DIALECTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("/v1/messages", STORY, {"messages": MESSAGES, "max_tokens": 200}),
+    ("/v1/messages", STORY, {"messages": MESSAGES, "max_tokens": 200, "stop_sequences": ["🌟 a"]}),
+    ("/v1/messages", STORY, {"messages": MESSAGES, "max_tokens": 7}),
+    (
+        "/v1/messages",
+        CALLS,
+        {
+            "messages": MESSAGES,
+            "max_tokens": 200,
+            "tools": MESSAGES_TOOLS,
+            "thinking": {"type": "enabled"},
+        },
+    ),
+    ("/v1/responses", STORY, {"input": "once"}),
+    ("/v1/responses", STORY, {"input": "once", "max_output_tokens": 7}),
+    ("/v1/responses", CALLS, {"input": "once", "tools": RESPONSES_TOOLS}),
+]
+
+
+@pytest.mark.parametrize(("path", "text", "fields"), DIALECTS)
+async def test_after_each_event_another_apis_answer_goes_on_where_it_was(
+    harness: GatewayHarness, model: Path, path: str, text: str, fields: dict[str, Any]
+) -> None:
+    """Several events tell of one token there: of a block that begins or ends with it, and of the
+    end. What has been read to its end has nothing more."""
+    say(harness, model, text)
+    events = await check_after_each_event(harness, path, {"model": MODEL, "stream": True, **fields})
+    kinds = [json.loads(event.data)["type"] for event in events]
+    assert kinds[-1] in ("message_stop", "response.completed", "response.incomplete")
+    assert len(kinds) > 10
+    assert any("~" in event.id for event in events)
+
+
+async def test_a_resumed_response_is_remembered_where_it_ends(harness: GatewayHarness) -> None:
+    body = {"model": MODEL, "input": "x", "stream": True, "max_output_tokens": 4}
+    _, events = await stream(harness, "/v1/responses", body)
+    response = json.loads(events[-1].data)["response"]
+    url = f"{harness.url}/v1/responses/{response['id']}"
+    assert (await harness.http.delete(url)).status == 200
+    await stream(harness, "/v1/responses", body, last=events[4].id)
+    async with harness.http.get(url) as again:
+        found = await again.json()
+    for each in (found, response):
+        each["usage"].pop("input_tokens_details")  # the second time the prompt is cached
+    assert found == response
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4}),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 4}),
+    ],
+)
+async def test_another_apis_unseeded_stream_names_its_seed(
+    harness: GatewayHarness, path: str, fields: dict[str, Any]
+) -> None:
+    body = {"model": MODEL, "stream": True, **fields}
+    _, events = await stream(harness, path, body)
+    seeds = [json.loads(event.data).get("seed") for event in events]
+    assert seeds[0] is not None
+    assert set(seeds[1:]) == {None}
+    _, seeded = await stream(harness, path, {**body, "seed": seeds[0]})
+    assert "seed" not in json.loads(seeded[0].data)
+    used = {submit.sampling.seed for rank in harness.ranks for submit in rank.submits}
+    assert used == {seeds[0]}
+
+
 async def check_after_each_event(
     harness: GatewayHarness, path: str, body: dict[str, Any]
 ) -> list[Event]:
     """Returns the events of an undisturbed stream."""
     status, events = await stream(harness, path, body)
     assert status == 200
-    assert events[-1] == Event("", "[DONE]")
-    assert all(event.id for event in events[:-1])
-    assert len({event.id for event in events}) == len(events)
-    rests = await asyncio.gather(
-        *(stream(harness, path, body, last=event.id) for event in events[:-1])
-    )
+    told = events if path not in (CHAT, COMPLETIONS) else events[:-1]
+    assert events[len(told) :] == [Event("", "[DONE]")] * (len(events) - len(told))
+    assert all(event.id for event in told)
+    assert len({event.id for event in told}) == len(told)
+    rests = await asyncio.gather(*(stream(harness, path, body, last=event.id) for event in told))
     for number, (status, rest) in enumerate(rests):
         assert status == 200
         assert by_choice(rest) == by_choice(events[number + 1 :]), f"after {events[number]}"

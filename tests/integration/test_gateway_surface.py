@@ -4,6 +4,7 @@ the end of a gateway, and what it tells of itself."""
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,6 +20,7 @@ from tests.support.tiny_tokenizer import write_tokenizer
 
 ORIGIN = "https://chat.example.com"
 BODY = {"prompt": [5, 6, 7], "max_tokens": 8, "ignore_eos": True}
+ROOM = {"max_output_tokens": 16}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,12 @@ async def test_a_wrong_method_says_which_are_right(harness: GatewayHarness) -> N
 async def test_head_and_a_slash_at_the_end(harness: GatewayHarness) -> None:
     assert (await call(harness, "HEAD", "/v1/models"))[0] == 200
     assert (await call(harness, "GET", "/v1/models/"))[0] == 200
+    _, _, stored = await call(harness, "POST", "/v1/responses", json={"input": "a", **ROOM})
+    path = f"/v1/responses/{stored['id']}/"
+    status, _, body = await call(harness, "GET", path + "?stream=true")
+    assert (status, body["error"]["param"]) == (400, "stream")
+    assert (await call(harness, "GET", path + "?stream=false"))[2] == stored
+    assert (await call(harness, "DELETE", path))[2]["deleted"] is True
     status, _, body = await call(harness, "POST", "/v1/completions/", json=BODY)
     assert (status, body["usage"]["completion_tokens"]) == (200, 8)
 
@@ -117,6 +125,15 @@ async def test_a_body_that_is_too_large_is_refused_before_it_is_asked_for(
     assert (await raw(harness, small.encode())).startswith(b"HTTP/1.1 100 Continue")
     odd = f"{head}Content-Length: 30\r\nExpect: magic\r\nConnection: close\r\n\r\n"
     assert (await raw(harness, odd.encode())).startswith(b"HTTP/1.1 417")
+    named = large.replace("Host: x", "Host: x\r\nX-Request-Id: mine")
+    answer = (await raw(harness, named.encode())).decode()
+    assert "X-Request-Id: mine\r\n" in answer
+    assert "Connection: close\r\n" in answer
+    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["request_id"] == "mine"
+    message = named.replace("/v1/completions", "/v1/messages")
+    answer = (await raw(harness, message.encode())).decode()
+    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["type"] == "request_too_large"
+    assert await harness.metric('requests_total{endpoint="/v1/completions",status="413"}') == 2.0
 
 
 async def test_malformed_requests_leave_a_line_and_no_traceback(

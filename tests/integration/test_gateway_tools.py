@@ -251,6 +251,8 @@ async def kill_the_busy_rank(harness: GatewayHarness) -> None:
         ({}, "assistant:", None),
         ({"reasoning_effort": "low"}, "<think>", "Hm."),
         ({"reasoning_effort": "none"}, "<think></think>", None),
+        ({"thinking": {"type": "enabled"}}, "<think>", "Hm."),
+        ({"thinking": {"type": "disabled"}, "reasoning_effort": "high"}, "<think></think>", None),
         ({"chat_template_kwargs": {"enable_thinking": True}}, "<think>", "Hm."),
         (
             {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "high"},
@@ -344,6 +346,9 @@ async def test_what_fits_is_kept_with_minus_one(
     ("fields", "param"),
     [
         ({"reasoning_effort": "enormous"}, "reasoning_effort"),
+        ({"thinking": {"type": "sometimes"}}, "thinking"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking"),
+        ({"thinking": True}, "thinking"),
         ({"thinking_token_budget": -2}, "thinking_token_budget"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"truncate_prompt_tokens": 9999}, "truncate_prompt_tokens"),
@@ -396,6 +401,17 @@ async def test_hostile_schemas_are_refused(harness: GatewayHarness, schema: Any)
     assert (status, answer["error"]["param"]) == (400, "tools")
 
 
+async def test_what_is_wrong_with_a_schema_is_said_without_our_grammar(
+    harness: GatewayHarness,
+) -> None:
+    function = {"name": "f", "parameters": {"type": "object", "required": 5}}
+    tools = [{"type": "function", "function": function}]
+    _, answer, _ = await post(harness, tools=tools, tool_choice="required")
+    assert answer["error"]["message"] == (
+        "tools is not a usable grammar: Expected array for 'required', got 5"
+    )
+
+
 async def test_unknown_fields_are_named_in_a_header(
     harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:
@@ -411,6 +427,7 @@ async def test_a_model_without_reasoning_refuses_what_is_about_it(tmp_path: Path
     async with running_gateway(tmp_path, tool_call_parser="none") as harness:
         for fields, param in (
             ({"reasoning_effort": "low"}, "reasoning_effort"),
+            ({"thinking": {"type": "disabled"}}, "thinking"),
             ({"thinking_token_budget": 5}, "thinking_token_budget"),
             ({"tools": TOOLS}, "tools"),
         ):

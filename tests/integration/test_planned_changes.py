@@ -8,14 +8,15 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from cli.admin.follow import EXIT_REFUSED
+from cli.admin.follow import EXIT_FAILED, EXIT_REFUSED
 from cli.run_dir import read_state
 from tests.support.cluster import Cluster, running_cluster
 
@@ -81,14 +82,24 @@ def ranks_of(answer: dict[str, Any]) -> dict[int, str]:
     return {rank["rank"]: rank["state"] for rank in answer["status"]["ranks"]}
 
 
-async def until(cluster: Cluster, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The first status of the admin API that is so. Cheaper than a command for each look."""
+@asynccontextmanager
+async def admin_api(cluster: Cluster) -> AsyncIterator[aiohttp.ClientSession]:
+    """For what must not take as long as a command takes to start. Paths are below `/v1/`."""
     state = read_state(cluster.run_dir)
     assert state is not None
     headers = {"Authorization": f"Bearer {Path(state.admin_token_file).read_text().strip()}"}
-    async with asyncio.timeout(WAIT_S), aiohttp.ClientSession(headers=headers) as http:
+    async with (
+        asyncio.timeout(WAIT_S),
+        aiohttp.ClientSession(f"{state.admin_url}/v1/", headers=headers) as http,
+    ):
+        yield http
+
+
+async def until(cluster: Cluster, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The first status of the admin API that is so."""
+    async with admin_api(cluster) as http:
         while True:
-            async with http.get(f"{state.admin_url}/v1/status") as response:
+            async with http.get("status") as response:
                 status: dict[str, Any] = await response.json()
                 if wanted(status):
                     return status
@@ -133,6 +144,19 @@ async def test_drain_undrain_and_scale_while_an_answer_streams(
         code, said = await growing.is_interrupted()
         assert (code, "the change goes on" in said) == (130, True)
         await until(cluster, lambda status: num_live(status) == 4)
+
+        # Who asked first is told when somebody else wants something different meanwhile.
+        growing = await begin(cluster, "scale", "5")
+        assert (await growing.waits_for()).startswith("rank 4 has not registered yet")
+        fewer = {"ranks": 4, "grace_s": 0, "request_id": "fewer"}
+        async with admin_api(cluster) as http, http.post("scale", json=fewer) as response:
+            assert response.status == 202, await response.text()
+        answer = await growing.ends(EXIT_FAILED)
+        assert not answer["done"]
+        assert answer["result"] == (
+            "not scaled to 5 ranks: 4 shall exist (somebody has changed the plan meanwhile)"
+        )
+        await until(cluster, lambda status: not status["change"]["in_progress"])
 
         answer = await asked(cluster, "scale", "--remove", "0", "--grace", "2")
         assert ranks_of(answer) == {1: "live", 2: "live", 3: "live"}

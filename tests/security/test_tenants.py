@@ -319,6 +319,34 @@ async def test_a_body_of_many_small_values_is_not_decoded(
         assert (response.status, answer["error"]["code"]) == (400, "too_many_values")
 
 
+async def test_bodies_that_never_end_take_bounded_memory_and_leave_room_for_others(
+    harness: GatewayHarness,
+) -> None:
+    """Each held 4 MB for a minute, and one client may have thousands of connections."""
+    host, port = harness.url.removeprefix("http://").split(":")
+    header = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ALICE}\r\n"
+        "Content-Type: application/json\r\n"
+    )
+    forms = ("Content-Length: 4194304", "["), ("Transfer-Encoding: chunked", "1\r\n[\r\n")
+    opened: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    try:
+        for number in range(100):
+            opened.append(await asyncio.open_connection(host, int(port)))
+            field, begun = forms[number % 2]
+            opened[-1][1].write(f"{header}{field}\r\n\r\n{begun}".encode())
+        refused = 0
+        async with asyncio.timeout(30):
+            for reader, _ in opened[64:]:
+                refused += b" 429 " in await reader.readline()
+        assert refused == len(opened) - 64
+        response, _ = await ask(harness, bearer(BOB), user="x" * 100_000)
+        assert response.status == 200
+    finally:
+        for _, writer in opened:
+            writer.transport.abort()
+
+
 # What ranks are told.
 
 

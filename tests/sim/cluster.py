@@ -75,6 +75,7 @@ class SimClusterSizes:
     suspicion_window_s: float = 0.0  # 0: learnt
     cards: CardSizes | None = None  # None: ranks on CPUs
     has_loads: bool = False  # tokens prefer some experts, and CPU ranks compute on demand
+    drafts: bool = False  # CPU ranks decode speculatively
 
     @property
     def num_hosts(self) -> int:
@@ -151,7 +152,7 @@ class SimCluster:
         self.spec = InstanceSpec(
             model_name="sim",
             model_path="",
-            num_moe_layers=NUM_LAYERS,
+            num_moe_layers=NUM_LAYERS + self.sizes.drafts,
             num_experts=NUM_EXPERTS,
             num_ranks=self.sizes.num_ranks,
             slots_per_rank=self.sizes.slots_per_rank,
@@ -159,6 +160,7 @@ class SimCluster:
             context_tokens_max=256,
             vocab_size=VOCAB,
             ranks_max=self.sizes.num_hosts,
+            speculative_tokens=int(self.sizes.drafts),
         )
         self.agents: dict[int, SimAgent] = {}
         self.control_planes: list[SimProcess | None] = [None] * self.sizes.num_control_planes
@@ -367,6 +369,7 @@ class SimCluster:
             prefill_chunk_tokens=8,
             mixed_prefill_tokens=6,
             tenant_step_tokens=-1 if self.sizes.cards else 4,
+            tenant_host_rows=2 if self.sizes.cards else -1,
             running_max=8,
             waiting_max=64,
             timings=Timings(lease_ttl_s=LEASE_TTL_S),

@@ -168,6 +168,7 @@ def sizes_of(seed: int) -> SimClusterSizes:
         slow=rng.random() < 0.2,
         heal_after_s=rng.choice([0.05, 0.3]),
         has_loads=seed % 8 == 1,
+        drafts=seed % 16 in (0, 7, 10, 13),
     )
 
 

@@ -38,7 +38,11 @@ def expert_output(value: int, layer: int, expert: int) -> int:
 
 def next_token(tokens: Sequence[int]) -> int:
     """The oracle: what greedy decoding of the model gives, computed without any rank."""
-    value = sum(key_of(t, p) * (p + 1) for p, t in enumerate(tokens)) % PRIME
+    return token_after(sum(key_of(t, p) * (p + 1) for p, t in enumerate(tokens)) % PRIME)
+
+
+def token_after(value: int) -> int:
+    """That of a prefix, which is summed up in `value`."""
     for layer in range(NUM_LAYERS):
         outputs = [expert_output(value, layer, e) for e in experts_of(value, layer)]
         value = (value + sum((k + 1) * y for k, y in enumerate(outputs))) % PRIME
@@ -53,17 +57,23 @@ def oracle(prompt: Sequence[int], num_tokens: int) -> tuple[int, ...]:
 
 
 class SimModel:
-    """Implements `step_batch.Model`, and `membership.driver.SlotLoader` for its slots."""
+    """Implements `step_batch.Model`, and `membership.driver.SlotLoader` for its slots. With
+    `drafts` it has one layer more and implements `DraftModel`: one guess of three is wrong."""
 
-    def __init__(self, *, slots_per_rank: int, kv_blocks: int, block_tokens: int) -> None:
+    def __init__(
+        self, *, slots_per_rank: int, kv_blocks: int, block_tokens: int, drafts: bool = False
+    ) -> None:
         self.keys = np.full(kv_blocks * block_tokens, -1, dtype=np.int64)
+        self.drafts = drafts
+        self.num_moe_layers = NUM_LAYERS + drafts
         self._block_tokens = block_tokens
-        self.contents: Placement = np.full((NUM_LAYERS, slots_per_rank), EMPTY_SLOT, np.int16)
-        self.on_demand: Placement = np.zeros((NUM_LAYERS, 0), np.int16)
+        shape = (self.num_moe_layers, slots_per_rank)
+        self.contents: Placement = np.full(shape, EMPTY_SLOT, np.int16)
+        self.use_on_demand(np.zeros((0, 0), np.int16))
 
-    @property
-    def num_moe_layers(self) -> int:
-        return NUM_LAYERS
+    def use_on_demand(self, row_LP: Placement) -> None:
+        """Empty: nothing."""
+        self.on_demand = row_LP if row_LP.size else np.zeros((self.num_moe_layers, 0), np.int16)
 
     @property
     def vocab_size(self) -> int:
@@ -75,14 +85,11 @@ class SimModel:
 
     def forward(self, batch: StepBatch, exchange: Exchange) -> Forward:
         values_T = self._attend(batch)
-        any_work = False
+        any_work = any_tokens = False
         for layer in range(NUM_LAYERS):
             x_TH = np.stack([values_T, values_T], axis=1).astype(np.float32)
-            experts_TK = np.array(
-                [experts_of(int(v), layer) for v in values_T], dtype=np.int32
-            ).reshape(-1, TOP_K)
-            sent = exchange.dispatch(layer, x_TH, experts_TK)
-            any_work = sent.any_work
+            sent = exchange.dispatch(layer, x_TH, _chosen(values_T, layer))
+            any_work, any_tokens = sent.any_work, sent.any_tokens
             if not sent.any_tokens:
                 break
             y_TKH = exchange.combine(
@@ -90,7 +97,40 @@ class SimModel:
             )
             weighted = y_TKH[:, :, 0].astype(np.int64) * np.arange(1, TOP_K + 1)
             values_T = (values_T + weighted.sum(axis=1)) % PRIME
-        return Forward(logits_RV=self._logits(values_T[batch.logits_rows_R]), any_work=any_work)
+        logits_RV = self._logits(values_T[batch.logits_rows_R])
+        return Forward(logits_RV=logits_RV, any_work=any_work, any_tokens=any_tokens)
+
+    def draft(
+        self,
+        batch: StepBatch,
+        next_ids_T: NDArray[np.int32],
+        rows_R: NDArray[np.int32],
+        exchange: Exchange,
+    ) -> NDArray[np.float32]:
+        values_T = np.array(
+            [
+                (self._prefix(batch.block_tables_SB[s], p) + key_of(t, p + 1) * (p + 2)) % PRIME
+                for s, p, t in zip(
+                    batch.sequence_T.tolist(),
+                    batch.position_T.tolist(),
+                    next_ids_T.tolist(),
+                    strict=True,
+                )
+            ],
+            dtype=np.int64,
+        )
+        layer = NUM_LAYERS
+        chosen_TK = _chosen(values_T, layer)
+        x_TH = np.stack([values_T, values_T], axis=1).astype(np.float32)
+        sent = exchange.dispatch(layer, x_TH, chosen_TK)
+        y_TKH = exchange.combine(layer, self._experts(layer, *sent[:3]))
+        expected = [
+            [expert_output(v, layer, e) for e in row]
+            for v, row in zip(values_T.tolist(), chosen_TK.tolist(), strict=True)
+        ]
+        assert y_TKH[:, :, 0].tolist() == expected, "not what the experts of the layer give"
+        guesses = [token_after(v) + (v % 3 == 0) for v in values_T[rows_R].tolist()]
+        return self._logits(np.array(guesses, dtype=np.int64))
 
     def _attend(self, batch: StepBatch) -> NDArray[np.int64]:
         places = [
@@ -136,3 +176,8 @@ class SimModel:
         logits_RV = np.zeros((len(values_R), VOCAB), dtype=np.float32)
         logits_RV[np.arange(len(values_R)), values_R % EOS] = 10.0
         return logits_RV
+
+
+def _chosen(values_T: NDArray[np.int64], layer: int) -> NDArray[np.int32]:
+    chosen = [experts_of(value, layer) for value in values_T.tolist()]
+    return np.array(chosen, dtype=np.int32).reshape(-1, TOP_K)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import greenlet
-import numpy as np
 
 from gpu_worker.config import ExchangeKind, RankConfig
 from gpu_worker.engine.step_runner import ModelRunner, RunnerParts
@@ -27,7 +26,7 @@ from shared.wire import RegionOpened
 from tests.sim.sim_exchange import SimHub
 from tests.sim.sim_kv_replication import KvReplicaHub, SimBlockCache
 from tests.sim.sim_loop import SimLoop, SimProcess, in_process
-from tests.sim.sim_model import EOS, NUM_LAYERS, SimModel
+from tests.sim.sim_model import EOS, SimModel
 
 
 class SimClock:
@@ -166,14 +165,13 @@ class SimRunner(ModelRunner):
     """As `cpu.runner.CpuRunner`."""
 
     def __init__(self, model: SimModel, exchange: Exchange, rank: RankId) -> None:
-        super().__init__(model, exchange)
+        super().__init__(model, exchange, model if model.drafts else None)
         self._sim_model = model
         self._rank = rank
 
     def adopt(self, expert_map: ExpertMap) -> Step:
         first = super().adopt(expert_map)
-        row = expert_map.on_demand_of(self._rank)
-        self._sim_model.on_demand = row if row.size else np.zeros((NUM_LAYERS, 0), np.int16)
+        self._sim_model.use_on_demand(expert_map.on_demand_of(self._rank))
         return first
 
 
@@ -231,6 +229,7 @@ def build_rank(
         slots_per_rank=spec.slots_per_rank,
         kv_blocks=config.kv_tokens // config.kv_block_tokens,
         block_tokens=config.kv_block_tokens,
+        drafts=spec.speculative_tokens > 0,
     )
     clock = SimClock(loop)
     blocks = SimBlockCache(model.keys, config.kv_block_tokens)

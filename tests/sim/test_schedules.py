@@ -160,6 +160,14 @@ def test_a_continuation_that_forgets_what_was_emitted_is_noticed(
     assert any_schedule_fails()
 
 
+def test_wrong_drafts_that_count_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 1. Nobody looks whether a draft was right."""
+    monkeypatch.setattr(
+        "gpu_worker.engine.scheduler.counted_rows", lambda plan, ids: [True] * len(ids)
+    )
+    assert isinstance(outcome_of(7), str)
+
+
 def test_a_kv_replica_overwritten_while_known_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -29,11 +29,13 @@ _ERROR_TYPES = {
 
 
 class MessagesAnswer:
-    """Implements `dialect.Dialect`. `id` is OpenAI's id of the answer."""
+    """Implements `dialect.Dialect`. `id` is OpenAI's id of the answer. `seed`: the first event of a
+    stream names it."""
 
-    def __init__(self, *, id: str, model: str) -> None:
+    def __init__(self, *, id: str, model: str, seed: int | None = None) -> None:
         self._id = "msg_" + id.removeprefix("chatcmpl-")
         self._model = model
+        self._seed = {} if seed is None else {"seed": seed}
         self._index = -1  # of the newest block
         self._open = ""  # its type, while it is open
 
@@ -49,67 +51,70 @@ class MessagesAnswer:
             content.append(_tool_use(call["id"], function["name"], arguments))
         return _encode({**self._message(content), **_stop(ending), "usage": _usage(ending.usage)})
 
-    def begin(self, usage: Usage) -> bytes:
+    def number_from(self, number: int) -> None:
+        """Events have none."""
+
+    def begin(self, usage: Usage) -> list[bytes]:
         message = {
             **self._message([]),
             "stop_reason": None,
             "stop_sequence": None,
             "usage": {**_usage(usage), "output_tokens": 0},
         }
-        return _event("message_start", message=message) + _event("ping")
+        return [_event("message_start", message=message, **self._seed), _event("ping")]
 
-    def deltas(self, deltas: Sequence[Mapping[str, Any]]) -> bytes:
-        events = b""
+    def deltas(self, deltas: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        events: list[bytes] = []
         for delta in deltas:
             if text := delta.get("reasoning_content"):
                 events += self._enter("thinking", _thinking(""))
-                events += self._delta({"type": "thinking_delta", "thinking": text})
+                events.append(self._delta({"type": "thinking_delta", "thinking": text}))
             elif text := delta.get("content"):
                 events += self._enter("text", {"type": "text", "text": ""})
-                events += self._delta({"type": "text_delta", "text": text})
+                events.append(self._delta({"type": "text_delta", "text": text}))
             for call in delta.get("tool_calls") or ():
                 events += self._call(call)
         return events
 
-    def end(self, ending: Ending) -> bytes:
+    def end(self, ending: Ending) -> list[bytes]:
         usage = {"output_tokens": ending.usage.completion_tokens}
-        return (
-            self._close()
-            + _event("message_delta", delta=_stop(ending), usage=usage)
-            + _event("message_stop")
-        )
+        return [
+            *self._close(),
+            _event("message_delta", delta=_stop(ending), usage=usage),
+            _event("message_stop"),
+        ]
 
     def failed(self, error: HttpError) -> bytes:
         return sent_event("error", error_body(error))
 
-    def _call(self, call: Mapping[str, Any]) -> bytes:
+    def _call(self, call: Mapping[str, Any]) -> list[bytes]:
         """A call begins with its id and name; what follows are pieces of its arguments."""
         function = call["function"]
-        events = b""
+        events: list[bytes] = []
         if "id" in call:
             events = self._close()
             events += self._enter("tool_use", _tool_use(call["id"], function["name"], {}))
         if function.get("arguments"):
             delta = {"type": "input_json_delta", "partial_json": function["arguments"]}
-            events += self._delta(delta)
+            events.append(self._delta(delta))
         return events
 
-    def _enter(self, kind: str, block: Mapping[str, Any]) -> bytes:
+    def _enter(self, kind: str, block: Mapping[str, Any]) -> list[bytes]:
         if self._open == kind:
-            return b""
+            return []
         closed = self._close()
         self._index += 1
         self._open = kind
-        return closed + _event("content_block_start", index=self._index, content_block=block)
+        return [*closed, _event("content_block_start", index=self._index, content_block=block)]
 
-    def _close(self) -> bytes:
+    def _close(self) -> list[bytes]:
         if not self._open:
-            return b""
-        events = b""
+            return []
+        events: list[bytes] = []
         if self._open == "thinking":
-            events = self._delta({"type": "signature_delta", "signature": ""})
+            events.append(self._delta({"type": "signature_delta", "signature": ""}))
         self._open = ""
-        return events + _event("content_block_stop", index=self._index)
+        return [*events, _event("content_block_stop", index=self._index)]
 
     def _delta(self, delta: Mapping[str, Any]) -> bytes:
         return _event("content_block_delta", index=self._index, delta=delta)
@@ -138,7 +143,7 @@ def read_arguments(text: str) -> dict[str, Any]:
     """The arguments of a call as an object. Those that were cut off are kept as text."""
     try:
         arguments = msgspec.json.decode(text or "{}")
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return {UNPARSED: text}
     return arguments if isinstance(arguments, dict) else {UNPARSED: text}
 

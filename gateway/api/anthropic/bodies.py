@@ -32,6 +32,7 @@ class MessagesBody(CountBody, kw_only=True):
     top_p: float | None = None
     top_k: int | None = None
     stop_sequences: list[str] | None = None
+    seed: int | None = None  # ours: that API has none
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
     metadata: Any = None

@@ -44,6 +44,7 @@ def chat_fields(body: MessagesBody) -> dict[str, Any]:
         "top_p": body.top_p,
         "top_k": body.top_k,
         "stop": body.stop_sequences,
+        "seed": body.seed,
         "response_format": _response_format(body),
     }
     thinking = body.thinking

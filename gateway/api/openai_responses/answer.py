@@ -58,14 +58,17 @@ class _Item:
 
 
 class ResponseAnswer:
-    """Implements `dialect.Dialect`. `id` is OpenAI's id of the chat answer. `done` is the finished
-    response, for the store."""
+    """Implements `dialect.Dialect`. `id` is OpenAI's id of the chat answer. `seed`: the first event
+    of a stream names it. `done` is the finished response, for the store."""
 
-    def __init__(self, *, id: str, created: int, model: str, body: ResponsesBody) -> None:
+    def __init__(
+        self, *, id: str, created: int, model: str, body: ResponsesBody, seed: int | None = None
+    ) -> None:
         self._suffix = id.removeprefix("chatcmpl-")
         self.id = f"resp_{self._suffix}"
         self._created = created
         self._model = model
+        self._seed = {} if seed is None else {"seed": seed}
         self._body = body
         self._items: list[_Item] = []
         self._open: _Item | None = None
@@ -84,30 +87,34 @@ class ResponseAnswer:
         self.done = self._response(ending)
         return _encode(self.done)
 
-    def begin(self, usage: Usage) -> bytes:
-        begun = self._response(None)
-        return self._event("response.created", response=begun) + self._event(
-            "response.in_progress", response=begun
-        )
+    def number_from(self, number: int) -> None:
+        self._sequence = number
 
-    def deltas(self, deltas: Sequence[Mapping[str, Any]]) -> bytes:
-        events = b""
+    def begin(self, usage: Usage) -> list[bytes]:
+        begun = self._response(None)
+        return [
+            self._event("response.created", response=begun, **self._seed),
+            self._event("response.in_progress", response=begun),
+        ]
+
+    def deltas(self, deltas: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        events: list[bytes] = []
         for delta in deltas:
             if text := delta.get("reasoning_content"):
-                events += self._enter("reasoning") + self._add(text)
+                events += [*self._enter("reasoning"), self._add(text)]
             elif text := delta.get("content"):
-                events += self._enter("message") + self._add(text)
+                events += [*self._enter("message"), self._add(text)]
             for call in delta.get("tool_calls") or ():
                 events += self._call(call)
         return events
 
-    def end(self, ending: Ending) -> bytes:
-        events = b""
+    def end(self, ending: Ending) -> list[bytes]:
+        events: list[bytes] = []
         if not self._items:
             events += self._enter("message")
         events += self._close(_item_status(ending))
         self.done = self._response(ending)
-        return events + self._event(f"response.{self.done['status']}", response=self.done)
+        return [*events, self._event(f"response.{self.done['status']}", response=self.done)]
 
     def failed(self, error: HttpError) -> bytes:
         plain = msgspec.json.decode(error.body)["error"]
@@ -118,31 +125,30 @@ class ResponseAnswer:
             "output": [item.plain("incomplete") for item in self._items],
             "error": {"code": "server_error", "message": plain["message"]},
         }
-        return events + self._event("response.failed", response=response)
+        return b"".join(events) + self._event("response.failed", response=response)
 
-    def _call(self, call: Mapping[str, Any]) -> bytes:
+    def _call(self, call: Mapping[str, Any]) -> list[bytes]:
         """A call begins with its id and name; what follows are pieces of its arguments."""
         function = call["function"]
-        events = b""
+        events: list[bytes] = []
         if "id" in call:
             events += self._enter("function_call", call["id"], function["name"])
         if function.get("arguments"):
-            events += self._add(function["arguments"])
+            events.append(self._add(function["arguments"]))
         return events
 
-    def _enter(self, kind: str, call_id: str = "", name: str = "") -> bytes:
+    def _enter(self, kind: str, call_id: str = "", name: str = "") -> list[bytes]:
         if self._open is not None and self._open.kind == kind and not call_id:
-            return b""
+            return []
         events = self._close("completed")
         item = self._open = self._new_item(kind)
         item.call_id, item.name = call_id, name
-        events += self._event(
-            "response.output_item.added", output_index=item.index, item=item.plain("in_progress")
-        )
+        added = {"output_index": item.index, "item": item.plain("in_progress")}
+        events.append(self._event("response.output_item.added", **added))
         if kind == "function_call":
             return events
         part = _output_text("") if kind == "message" else {"type": "reasoning_text", "text": ""}
-        return events + self._event("response.content_part.added", **_content(item), part=part)
+        return [*events, self._event("response.content_part.added", **_content(item), part=part)]
 
     def _add(self, text: str) -> bytes:
         item = self._open
@@ -157,33 +163,36 @@ class ResponseAnswer:
         fields = {"item_id": item.id, "output_index": item.index, "delta": text}
         return self._event("response.function_call_arguments.delta", **fields)
 
-    def _close(self, status: str) -> bytes:
+    def _close(self, status: str) -> list[bytes]:
         item, self._open = self._open, None
         if item is None:
-            return b""
+            return []
         match item.kind:
             case "message":
                 part = _output_text(item.text)
                 fields: dict[str, Any] = {**_content(item), "text": item.text, "logprobs": []}
-                events = self._event("response.output_text.done", **fields)
-                events += self._event("response.content_part.done", **_content(item), part=part)
+                events = [
+                    self._event("response.output_text.done", **fields),
+                    self._event("response.content_part.done", **_content(item), part=part),
+                ]
             case "reasoning":
                 part = {"type": "reasoning_text", "text": item.text}
-                events = self._event(
-                    "response.reasoning_text.done", **_content(item), text=item.text
-                )
-                events += self._event("response.content_part.done", **_content(item), part=part)
+                events = [
+                    self._event("response.reasoning_text.done", **_content(item), text=item.text),
+                    self._event("response.content_part.done", **_content(item), part=part),
+                ]
             case _:
-                events = self._event(
-                    "response.function_call_arguments.done",
-                    item_id=item.id,
-                    output_index=item.index,
-                    name=item.name,
-                    arguments=item.text,
-                )
-        return events + self._event(
-            "response.output_item.done", output_index=item.index, item=item.plain(status)
-        )
+                events = [
+                    self._event(
+                        "response.function_call_arguments.done",
+                        item_id=item.id,
+                        output_index=item.index,
+                        name=item.name,
+                        arguments=item.text,
+                    )
+                ]
+        done = {"output_index": item.index, "item": item.plain(status)}
+        return [*events, self._event("response.output_item.done", **done)]
 
     def _new_item(self, kind: str) -> _Item:
         prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[kind]

@@ -29,6 +29,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    seed: int | None = None  # ours: that API has none
     stream: bool | None = None
     store: bool | None = None
     previous_response_id: str | None = None

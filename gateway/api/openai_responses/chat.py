@@ -25,6 +25,7 @@ def chat_fields(body: ResponsesBody, earlier: Sequence[Mapping[str, Any]]) -> di
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
+        "seed": body.seed,
         "stream": body.stream,
     }
     if body.truncation == "auto":

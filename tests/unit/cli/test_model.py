@@ -9,6 +9,7 @@ import pytest
 
 from cli.up.model import check_model
 from gpu_worker.model_tools.seeded_configs import SEEDED_CONFIGS
+from shared.errors import CheckpointError
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,5 @@ async def test_a_dense_model_has_no_experts_to_count(
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SEEDED_CONFIGS[family]))
     assert await check_model(folder) == sentence
+    with pytest.raises(CheckpointError, match="leave out --speculative-tokens"):
+        await check_model(folder, 1)

@@ -65,6 +65,7 @@ def test_what_is_possible_passes(options: UpOptions) -> None:
         ({"redundant_experts": -2}, "--redundant-experts"),
         ({"context_tokens_max": -1}, "--context-tokens-max"),
         ({"slots_per_rank": -1}, "--slots-per-rank"),
+        ({"speculative_tokens": 2}, "--speculative-tokens"),
         ({"instance": "a/b"}, "--instance"),
         ({"ib_device": "mlx5_0"}, "--mooncake-ib-device"),
         ({"model": Path("/nowhere/at/all")}, "--model"),
@@ -103,6 +104,14 @@ def test_every_service_gets_etcd_instance_and_lifeline(options: UpOptions) -> No
     ):
         assert {("--etcd", "e:1"), ("--instance", "t"), ("--lifeline-fd", "9")} <= pairs(service)
         assert ("--secret-file", str(options.run_dir / "secret")) in pairs(service)
+
+
+def test_control_planes_decide_whether_ranks_draft(options: UpOptions) -> None:
+    model = Path("/m")
+    drafting = dataclasses.replace(options, speculative_tokens=1)
+    assert ("--speculative-tokens", "1") in pairs(control_plane(drafting, ETCD, model, 0, 6))
+    plain = control_plane(options, ETCD, model, 0, 6).command(9)
+    assert "--speculative-tokens" not in plain
 
 
 def gateway(options: UpOptions, etcd: EtcdOptions, listen_fd: int) -> Service:

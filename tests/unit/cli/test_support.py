@@ -33,6 +33,8 @@ def clean(text: str, *secrets: bytes) -> str:
         "header='authorization: Basic aHVudGVyMmh1bnRlcjI='",
         "https://root:hunter2hunter2@etcd-1:2379/x",
         "OTEL_EXPORTER_OTLP_HEADERS=x-auth-token=hunter2hunter2",
+        "OTEL_EXPORTER_OTLP_HEADERS=x-team=hunter2hunter2,x-other=hunter2hunter2 hunter2",
+        '"OTEL_EXPORTER_OTLP_TRACES_HEADERS": "x-team=hunter2hunter2"',
         "hf_hunter2hunter2hunter2",
         pytest.param(f"key {new_api_key()} is wrong", id="api_key"),
         f"hash = '{spelt_hash('x')}'",
@@ -71,8 +73,10 @@ def test_a_known_secret_is_removed_wherever_it_stands(tmp_path: Path) -> None:
     (tmp_path / "etcd").mkdir()
     (tmp_path / "etcd" / "root.key").write_text(PEM)
     (tmp_path / "etcd" / "root.pem").write_text("-----BEGIN CERTIFICATE-----\nMIIBpublic==\n")
-    found = set(known_secrets({"MY_TOKEN": "from-the-environment"}, [], [tmp_path]))
+    variables = {"MY_TOKEN": "from-the-environment", "OTEL_EXPORTER_OTLP_HEADERS": "x-team=of-team"}
+    found = set(known_secrets(variables, [], [tmp_path]))
     assert found == {
+        b"of-team",
         *(b"0123456789abcdef0123456789abcdef", b"from-the-environment"),
         PEM.splitlines()[1].encode(),
     }

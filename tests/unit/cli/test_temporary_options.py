@@ -16,7 +16,13 @@ def value_of(flags: list[str], flag: str) -> str:
 
 def test_every_option_becomes_a_flag_of_up(tmp_path: Path) -> None:
     options = TemporaryInstanceOptions(
-        model=tmp_path, ranks=2, device="cuda", redundant_experts=16, slots_per_rank=9, static=True
+        model=tmp_path,
+        ranks=2,
+        device="cuda",
+        redundant_experts=16,
+        slots_per_rank=9,
+        speculative_tokens=1,
+        static=True,
     )
     flags = options.flags()
     assert value_of(flags, "--model") == str(tmp_path)
@@ -24,6 +30,7 @@ def test_every_option_becomes_a_flag_of_up(tmp_path: Path) -> None:
     assert value_of(flags, "--device") == "cuda"
     assert value_of(flags, "--redundant-experts") == "16"
     assert value_of(flags, "--slots-per-rank") == "9"
+    assert value_of(flags, "--speculative-tokens") == "1"
     assert "--static" in flags
     assert "--seeded" not in flags
 
@@ -31,6 +38,7 @@ def test_every_option_becomes_a_flag_of_up(tmp_path: Path) -> None:
 def test_without_a_model_it_is_the_elastic_reference_size() -> None:
     flags = TemporaryInstanceOptions().flags()
     assert "--seeded" in flags
+    assert "--speculative-tokens" not in flags
     assert "--model" not in flags
     assert "--static" not in flags
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 
 from control_plane.config import ControlPlaneConfig, bytes_per_expert, instance_spec
 from control_plane.spec_publisher import difference
+from gpu_worker.model_tools.seeded_configs import SEEDED_CONFIGS
 from shared.config import Timings
 from shared.errors import ConfigError
-from shared.model_spec import ModelSpec
+from shared.model_spec import ModelSpec, read_model_spec, with_drafts
 
 MODEL = ModelSpec(
     architecture="Qwen3MoeForCausalLM",
@@ -49,6 +51,18 @@ def test_slots_follow_from_ranks_and_redundancy(
     assert spec.model_name == "tiny"
 
 
+def test_a_layer_that_drafts_has_experts_of_its_own(tmp_path: Path) -> None:
+    config = SEEDED_CONFIGS["glm4_moe"] | {"num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plain = read_model_spec(tmp_path)
+    control_plane = replace(CONFIG, model=tmp_path)
+    spec = instance_spec(control_plane, plain)
+    assert (spec.num_moe_layers, spec.speculative_tokens) == (2, 0)
+    control_plane = replace(control_plane, speculative_tokens=1)
+    spec = instance_spec(control_plane, with_drafts(plain, 1))
+    assert (spec.num_moe_layers, spec.speculative_tokens) == (3, 1)
+
+
 def test_too_few_slots_say_how_many_are_needed() -> None:
     config = replace(CONFIG, slots_per_rank=15)
     with pytest.raises(ConfigError, match=r"--slots-per-rank 16 or more$"):
@@ -79,6 +93,7 @@ def test_an_expert_is_three_projections_of_fp32() -> None:
         ({"ranks": 0}, "at least one rank"),
         ({"redundant_experts": -2}, "must not be negative"),
         ({"slots_per_rank": -1}, "must not be negative"),
+        ({"speculative_tokens": 2}, "--speculative-tokens 2"),
         ({"leader_ttl_s": 0.5}, "at least 1"),
         ({"urgent_probe_interval_ms": 400.0}, "half of the suspicion window"),
         ({"probe_interval_ms": 10.0}, "under the urgent interval"),

@@ -59,3 +59,11 @@ def test_a_link_leads_to_a_page_and_to_a_heading_of_it() -> None:
     assert problems("[a](docs/gpu.md#the-exchange-between-ranks) [b](https://example.org)") == []
     assert len(problems("[a](docs/gone.md)")) == 1
     assert len(problems("[a](docs/gpu.md#gone)")) == 1
+
+
+def test_the_index_lists_every_page() -> None:
+    tracked = ["docs/index.md", "docs/gpu.md", "docs/reference/metrics.md", "models/README.md"]
+    assert list(check.unlisted_pages("[a](gpu.md)", tracked)) == [
+        "docs/index.md: does not list docs/reference/metrics.md"
+    ]
+    assert not list(check.unlisted_pages("[a](gpu.md#x) [b](reference/metrics.md)", tracked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
@@ -74,7 +74,17 @@ class ToyDriver:
         self._wakers[choice](session)
 
 
-def generation(driver: ToyDriver, *, choices: int = 1, stops: tuple[str, ...] = ()) -> Generation:
+async def at_once(is_first: bool) -> None:
+    pass
+
+
+def generation(
+    driver: ToyDriver,
+    *,
+    choices: int = 1,
+    stops: tuple[str, ...] = (),
+    turn: Callable[[bool], Awaitable[None]] = at_once,
+) -> Generation:
     sampling = SamplingParams(max_tokens=100)
     task = PromptTask(prompt=(1, 2), sampling=sampling, stops=stops)
     return Generation(
@@ -82,6 +92,7 @@ def generation(driver: ToyDriver, *, choices: int = 1, stops: tuple[str, ...] = 
         token_bytes=TOKEN_BYTES,
         tasks=[task] * choices,
         streaming=True,
+        turn=turn,
     )
 
 
@@ -115,7 +126,7 @@ async def until_idle() -> None:
 
 async def test_tokens_are_passed_on_without_a_switch_of_tasks() -> None:
     driver, reader = ToyDriver(), Reader()
-    with generation(driver) as answer:
+    async with generation(driver) as answer:
         task = asyncio.create_task(reader.read(answer))
         await until_idle()
         for token in range(9):
@@ -131,7 +142,7 @@ async def test_tokens_are_passed_on_without_a_switch_of_tasks() -> None:
 async def test_what_is_not_taken_comes_to_the_task_and_before_what_follows() -> None:
     refused = itertools.cycle([False, True, True])
     driver, reader = ToyDriver(), Reader(takes=lambda _: next(refused))
-    with generation(driver) as answer:
+    async with generation(driver) as answer:
         task = asyncio.create_task(reader.read(answer))
         await until_idle()
         for token in range(8):
@@ -146,7 +157,7 @@ async def test_what_is_not_taken_comes_to_the_task_and_before_what_follows() -> 
 
 async def test_a_stop_string_ends_the_session_although_its_rank_goes_on() -> None:
     driver, reader = ToyDriver(), Reader()
-    with generation(driver, stops=("cd",)) as answer:
+    async with generation(driver, stops=("cd",)) as answer:
         task = asyncio.create_task(reader.read(answer))
         await until_idle()
         for token in (0, 1, 2, 3):
@@ -158,7 +169,7 @@ async def test_a_stop_string_ends_the_session_although_its_rank_goes_on() -> Non
 
 async def test_a_failure_comes_after_the_tokens_before_it() -> None:
     driver, reader = ToyDriver(), Reader(takes=lambda delta: delta.end < 2)
-    with generation(driver) as answer:
+    async with generation(driver) as answer:
         task = asyncio.create_task(reader.read(answer))
         await until_idle()
         driver.give(0)
@@ -172,7 +183,7 @@ async def test_a_failure_comes_after_the_tokens_before_it() -> None:
 
 async def test_choices_come_to_the_task_together() -> None:
     driver, reader = ToyDriver(), Reader()
-    with generation(driver, choices=2) as answer:
+    async with generation(driver, choices=2) as answer:
         task = asyncio.create_task(reader.read(answer))
         await until_idle()
         driver.give(0, choice=0)
@@ -191,7 +202,7 @@ async def test_an_error_in_passing_on_is_its_own_request_s() -> None:
         raise ZeroDivisionError
 
     driver, reader = ToyDriver(), Reader(takes=break_down)
-    with generation(driver) as answer:
+    async with generation(driver) as answer:
         task = asyncio.create_task(reader.read(answer))
         await until_idle()
         driver.give(0)  # the caller has others to serve
@@ -203,7 +214,7 @@ async def test_an_error_in_passing_on_is_its_own_request_s() -> None:
 
 async def test_nothing_is_passed_on_once_nobody_waits() -> None:
     driver, reader = ToyDriver(), Reader()
-    with generation(driver) as answer:
+    async with generation(driver) as answer:
         task = asyncio.create_task(reader.read(answer))
         await until_idle()
         driver.give(0)
@@ -212,3 +223,30 @@ async def test_nothing_is_passed_on_once_nobody_waits() -> None:
             await task
         driver.give(1)
     assert reader.ids == [0]
+
+
+async def test_many_choices_are_opened_a_few_in_a_turn_and_tokens_may_come_meanwhile() -> None:
+    driver, turns = ToyDriver(), list[tuple[bool, int]]()
+
+    async def turn(is_first: bool) -> None:
+        turns.append((is_first, len(driver.sessions)))
+        if not is_first:
+            driver.give(0)
+
+    async with generation(driver, choices=20, turn=turn) as answer:
+        assert turns == [(True, 0), (False, 8), (False, 16)]
+        (delta,) = await answer.next_deltas()
+        assert (delta.choice, delta.token_ids) == (0, [0, 0])
+
+
+async def test_a_client_that_leaves_before_all_are_open_leaves_none() -> None:
+    driver = ToyDriver()
+
+    async def turn(is_first: bool) -> None:
+        if not is_first:
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        async with generation(driver, choices=20, turn=turn):
+            pass
+    assert [session.ended for session in driver.sessions] == [True] * 8

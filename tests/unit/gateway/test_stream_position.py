@@ -57,6 +57,20 @@ def test_what_is_written_is_read() -> None:
     )
 
 
+def test_events_are_counted_from_those_that_are_read() -> None:
+    ids = PositionWriter("NAME", 1, num_events=0)
+    assert ids.opening(1) == b"id: NAME.b1+1\n"
+    assert position_of(ids.opening(2)) == StreamPosition(num_opened=2, num_events=2)
+    ids.advance(0, 12, ended=False, rank=3)
+    assert ids.line() == b"id: NAME.12r3+3\n"
+    again = PositionWriter("NAME", 1, num_events=3)
+    part = PartlyRead(num_tokens=4, num_events=2, is_last=True)
+    line = again.part_line(0, part)
+    assert line == b"id: NAME.0~0.4.2f+4\n"
+    assert position_of(line).choices == (ChoicePosition(then=part),)
+    assert position_of(line).num_events == 4
+
+
 @given(st.lists(st.integers(0, 10**9 - 1), min_size=1, max_size=CHOICES_MAX))
 def test_positions_of_all_choices_are_read(counts: list[int]) -> None:
     ids = PositionWriter("NAME", len(counts))
@@ -69,7 +83,21 @@ def test_positions_of_all_choices_are_read(counts: list[int]) -> None:
     "text",
     [
         *("", "-", "x", "1-", "-1", "1.2", "1r", "1e5", "b", "b-1", "u1", "1~", "1~0", "1~0.1"),
-        *("1~1.1.1", "1~0.1.1ff", "1~-1.1.1", "1\n", " 1", "\uff11", "1" * 10, "1r100000"),
+        *(
+            "1~1.1.1",
+            "1~0.1.1ff",
+            "1~-1.1.1",
+            "1\n",
+            "1+",
+            "+1",
+            "1+-1",
+            "1+1+1",
+            "1+1r1",
+            " 1",
+            "\uff11",
+            "1" * 10,
+            "1r100000",
+        ),
         "-".join(["1"] * (CHOICES_MAX + 1)),
         "9" * 100_000,
         "1-" * 100_000,
@@ -79,7 +107,7 @@ def test_what_is_no_position_is_none(text: str) -> None:
     assert read_position(text) is None
 
 
-@given(st.text(alphabet="0123456789-~.erbuf", max_size=20))
+@given(st.text(alphabet="0123456789-~.+erbuf", max_size=20))
 def test_whatever_is_sent_is_read_or_refused(text: str) -> None:
     position = read_position(text)
     assert position is None or len(position.choices) <= CHOICES_MAX

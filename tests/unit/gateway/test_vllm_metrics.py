@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
+import pytest
+
 from gateway.metrics import GatewayMetrics
 from gateway.rank_histogram import OTHER_RANKS, RANK_LABELS_MAX, RankHistogram
 from gateway.stream_session import SessionPolicy, StreamSession
-from gateway.vllm_metrics import gauges_of
+from gateway.vllm_metrics import RankGauges, gauges_of
 from shared.types import (
     Attempt,
     FinishReason,
@@ -27,6 +32,7 @@ READ_BY_DASHBOARDS = {
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
     "vllm:prompt_tokens_total",
+    "vllm:prompt_tokens_cached_total",
     "vllm:generation_tokens_total",
     "vllm:request_success_total",
     *(
@@ -81,6 +87,44 @@ def rendered(metrics: GatewayMetrics) -> str:
 
 def test_every_name_that_dashboards_read_is_there() -> None:
     assert series_names(rendered(GatewayMetrics())) >= READ_BY_DASHBOARDS
+
+
+def test_all_series_of_a_rank_begin_with_it() -> None:
+    metrics = GatewayMetrics()
+    metrics.vllm.sources = replace(
+        metrics.vllm.sources,
+        model_name=lambda: "m",
+        ranks=lambda: {3: RankGauges(running=0, waiting=0, kv_usage=0.0)},
+    )
+    text = rendered(metrics)
+    for name in READ_BY_DASHBOARDS:
+        assert metric_value(text, name, engine="3", model_name="m") == 0.0, name
+    for reason in ("stop", "length", "abort", "error"):
+        assert metric_value(text, "vllm:request_success_total", finished_reason=reason) == 0.0
+
+
+# The boundaries of vLLM 0.33: rules for alerts and objectives name them.
+BOUNDARIES = {
+    "time_to_first_token_seconds": """0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1.0
+        2.5 5.0 7.5 10.0 20.0 40.0 80.0 160.0 640.0 2560.0""",
+    "inter_token_latency_seconds": """0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1.0 2.5
+        5.0 7.5 10.0 20.0 40.0 80.0""",
+    "e2e_request_latency_seconds": """0.3 0.5 0.8 1.0 1.5 2.0 2.5 5.0 10.0 15.0 20.0 30.0 40.0 50.0
+        60.0 120.0 240.0 480.0 960.0 1920.0 7680.0""",
+    "request_prompt_tokens": "1.0 2.0 5.0 10.0 20.0 50.0 100.0 1000.0 200000.0",
+}
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_histograms_have_the_boundaries_that_rules_for_vllm_name(name: str) -> None:
+    metrics, streamed = GatewayMetrics(), session()
+    streamed.place(member(1), 10.5)
+    streamed.on_tokens(member(1), tokens(0, 4), 11.0)
+    streamed.on_tokens(member(1), tokens(1, 5), 11.5)
+    metrics.on_tokens(streamed)
+    metrics.on_session_end(streamed)
+    found = set(re.findall(rf'vllm:{name}_bucket{{.*le="([^"]+)"', rendered(metrics)))
+    assert found >= set(BOUNDARIES[name].split())
 
 
 def test_the_phases_of_a_session_add_up() -> None:

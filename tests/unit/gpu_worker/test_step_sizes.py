@@ -33,9 +33,19 @@ def test_only_steps_of_cpus_are_so_short_that_one_client_must_not_fill_them() ->
         return with_step_sizes(config, on_card=on_card, num_ranks=2).tenant_step_tokens
 
     assert of(on_card=True) == -1
-    assert of(on_card=False) == 8
+    assert of(on_card=False) == 4
     assert of(on_card=True, tenant_step_tokens=64) == 64
     assert of(on_card=False, tenant_step_tokens=-1) == -1
+
+
+def test_only_where_a_card_draws_tokens_those_of_the_host_are_few() -> None:
+    def of(*, on_card: bool, **given: int) -> int:
+        config = RankConfig(**given)  # type: ignore[arg-type]
+        return with_step_sizes(config, on_card=on_card, num_ranks=2).tenant_host_rows
+
+    assert of(on_card=True) == 8
+    assert of(on_card=False) == -1
+    assert of(on_card=True, tenant_host_rows=-1) == -1
 
 
 @pytest.mark.parametrize(

@@ -28,19 +28,20 @@ from tests.support.tiny_tokenizer import write_tokenizer
 FORM = DemandedForm(param="guided_json", kind=GrammarKind.JSON_SCHEMA, text='{"type": "object"}')
 OWN = grammar_of(FORM.kind, FORM.text)
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"n": {"enum": ["a ::= b"]}}}
+SMALL = GrammarLimits(bytes_max=2_000, properties_max=50)
 
 
 class RecordingReader(GrammarReader):
     """Compiles at once, and keeps what it was asked."""
 
-    def __init__(self, compiler: GrammarCompiler) -> None:
-        super().__init__(GrammarLimits(bytes_max=2_000, properties_max=50), GrammarBudget())
-        self._compiler = compiler
+    def __init__(self, compiler: GrammarCompiler, limits: GrammarLimits = SMALL) -> None:
+        super().__init__(limits, GrammarBudget())
+        self.compiler = compiler
         self.asked: list[tuple[str, str]] = []
 
     async def check(self, form: DemandedForm, served: ServedModel) -> str:
         grammar = grammar_of(form.kind, form.text, json_space=form.json_space)
-        self._compiler.try_out(grammar)
+        self.compiler.try_out(grammar)
         self.asked.append((form.param, grammar))
         return grammar
 
@@ -165,3 +166,15 @@ async def test_schemas_that_are_too_large_are_refused_before_anybody_reads_them(
     called_freely = plan(ToolMode.AUTO, **schema)
     body = ChatBody(messages=[])
     assert await answer_grammar(body, None, called_freely, await served(folder), reader) == ""
+
+
+async def test_schemas_that_cannot_be_followed_are_refused_by_name(
+    folder: Path, reader: RecordingReader
+) -> None:
+    any_of = [{"$ref": f"#/$defs/{n}"} for n in range(60)]
+    defs = {str(n): {"properties": {}, "anyOf": any_of} for n in range(60)}
+    forced = plan(ToolMode.REQUIRED, anyOf=any_of, **{"$defs": defs})
+    large = RecordingReader(reader.compiler, GrammarLimits(bytes_max=200_000, properties_max=50))
+    with pytest.raises(RequestError) as error:
+        await answer_grammar(ChatBody(messages=[]), None, forced, await served(folder), large)
+    assert (error.value.param, error.value.code) == ("tools", "invalid_grammar")

@@ -134,6 +134,7 @@ def test_a_request_says_what_white_space_its_json_has(fields: dict[str, Any], sp
         ({"guided_json": json.dumps(properties(1001))}, "guided_json"),
         ({"guided_json": nested(100)}, "guided_json"),
         ({"guided_json": "[" * 60_000}, "guided_json"),
+        ({"guided_json": {"enum": json.loads("[" * 100 + "]" * 100)}}, "guided_json"),
         ({"guided_choice": ["a"] * 5000}, "guided_choice"),
         (
             {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import chat_completion_stream_options_param
@@ -27,6 +28,7 @@ from gateway.api.request_fields import (
     RequestField,
     Support,
 )
+from gateway.api.token_routes import TokenizeBody
 from shared.errors import RequestError
 
 BODIES = [(ChatBody, CHAT_FIELDS), (CompletionBody, COMPLETION_FIELDS)]
@@ -48,7 +50,8 @@ watermarking length_penalty stop_token_ids include_stop_str_in_output ignore_eos
 skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side
 prompt_logprobs logprob_token_ids allowed_token_ids bad_words add_special_tokens response_format
 structured_outputs priority request_id session_id return_tokens_as_token_ids return_token_ids
-routed_experts_prompt_start return_token_offsets return_mm_kwargs cache_salt kv_transfer_params
+routed_experts_prompt_start return_token_offsets return_mm_kwargs mm_payload cache_salt
+kv_transfer_params return_weight_versions
 ec_transfer_params vllm_xargs repetition_detection stream_interval thinking_token_budget""")
 VLLM_CHAT = words("""
 messages top_logprobs max_completion_tokens tools tool_choice reasoning_effort
@@ -62,12 +65,15 @@ routed_experts_start_len return_cached_tokens_details return_token_ids top_k min
 ebnf repetition_penalty stop_token_ids stop_regex no_stop_trim ignore_eos skip_special_tokens
 lora_path session_id session_params response_format custom_params custom_logit_processor
 images_config bootstrap_host bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank
-data_parallel_rank rid extra_key cache_salt ngram_corpus_id priority""")
+data_parallel_rank rid extra_key cache_salt ngram_corpus_id priority watermark
+return_spec_tokens_details""")
 SGLANG_CHAT = words("""
 messages top_logprobs max_completion_tokens tools tool_choice parallel_tool_calls
 return_prompt_token_ids return_meta_info reasoning_effort reasoning task continue_final_message
 separate_reasoning stream_reasoning chat_template_kwargs max_dynamic_patch min_dynamic_patch
-use_audio_in_video input_ids""")
+use_audio_in_video input_ids thinking video_config mm_processor_kwargs return_input_ids_in_sglext
+return_output_ids_in_sglext return_sampling_mask sampling_logprobs_mode
+return_flat_raw_output_top_logprobs return_flat_raw_top_logprobs_b64""")
 SGLANG_COMPLETIONS = words("prompt best_of echo suffix json_schema custom_labels")
 
 
@@ -177,6 +183,22 @@ def test_unknown_fields_are_named_fit_for_a_header() -> None:
 def test_many_unknown_fields_are_not_all_named() -> None:
     raw = json.dumps({**LEAST[ChatBody], **{f"x{n}": n for n in range(100)}}).encode()
     assert len(ignored_fields(raw, ChatBody)) == 32
+
+
+@pytest.mark.parametrize(
+    ("cls", "field"),
+    [
+        (TokenizeBody, b'"\xc1": 1'),
+        (ChatBody, b'"a\xff": {}'),
+        (ChatBody, b'"stream_options": {"\xed\xa0\x80": 1}'),
+    ],
+)
+def test_a_name_that_is_no_text_is_refused(cls: type[msgspec.Struct], field: bytes) -> None:
+    """The decoder skips what it does not know, and the error comes with the names."""
+    raw = b'{"messages": [], "stream": true, ' + field + b"}"
+    with pytest.raises(RequestError) as caught:
+        ignored_fields(raw, type(decode_body(raw, cls)))
+    assert caught.value.code == "invalid_json"
 
 
 def test_every_refusal_and_every_harmless_field_has_its_reason() -> None:

@@ -22,7 +22,7 @@ def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
-def allowed(mode: str, *names: str) -> dict[str, Any]:
+def allowed(mode: Any, *names: str) -> dict[str, Any]:
     fields = {"mode": mode, "tools": [named(name) for name in names]}
     return {"type": "allowed_tools", "allowed_tools": fields}
 
@@ -142,6 +142,7 @@ def test_parameters_are_schemas_of_objects() -> None:
         ({"tools": [tool("a")], "tool_choice": allowed("auto", "b")}, "tool_choice"),
         ({"tools": [tool("a")], "tool_choice": allowed("none", "a")}, "tool_choice"),
         ({"tools": [tool("a")], "tool_choice": allowed("required")}, "tool_choice"),
+        ({"tools": [tool("a")], "tool_choice": allowed(["auto"], "a")}, "tool_choice"),
         ({"tools": [tool("a")], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"tool_choice": allowed("auto", "a")}, "tool_choice"),
     ],

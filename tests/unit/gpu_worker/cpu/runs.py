@@ -15,7 +15,7 @@ from gpu_worker.cpu.registry import load_model
 from gpu_worker.engine.step_batch import Forward, StepBatch
 from shared.clock import SystemClock
 from shared.expert_map import ExpertMap
-from shared.model_spec import ModelSpec, read_model_spec
+from shared.model_spec import ModelSpec, read_model_spec, with_drafts
 from shared.types import ABSENT_SLOT, Epoch, Incarnation, Member, RankId, Step, SuspicionReason
 from tests.support.local_exchange import LocalExchange, LocalHub
 
@@ -113,10 +113,15 @@ class RankRun:
 
 
 def open_ranks(
-    folder: Path, num_ranks: int, *, kv_blocks: int = 64, block_tokens: int = 4
+    folder: Path,
+    num_ranks: int,
+    *,
+    kv_blocks: int = 64,
+    block_tokens: int = 4,
+    speculative_tokens: int = 0,
 ) -> list[RankRun]:
     """`num_ranks` ranks that share the experts, with one redundant slot each."""
-    spec = read_model_spec(folder)
+    spec = with_drafts(read_model_spec(folder), speculative_tokens)
     expert_map = spread_map(spec, num_ranks)
     hub = LocalHub(num_ranks, spec.hidden_size, spec.top_k)
     runs = []
@@ -126,6 +131,7 @@ def open_ranks(
             slots_per_rank=expert_map.slots_per_rank,
             kv_blocks=kv_blocks,
             block_tokens=block_tokens,
+            speculative_tokens=speculative_tokens,
         )
         model.slots.load_all(expert_map.placement[:, member.rank])
         monitor = QuietMonitor()

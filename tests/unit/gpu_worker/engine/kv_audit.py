@@ -58,8 +58,8 @@ class KvAudit:
 
     def note_commit(self, plan: StepPlan) -> None:
         """It comes next, and may publish blocks."""
-        for sequence, _, _ in plan.chunks:
-            self._learn(sequence.tokens)
+        for chunk in plan.chunks:
+            self._learn([*chunk.sequence.tokens, *chunk.drafts])
 
     def note_submit(self, tokens: Items[int]) -> None:
         """Blocks of these may be restored."""

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpu_worker.engine.draw import Draw, TokenCounts, count_tokens, edited_logits
+from gpu_worker.engine.draw import (
+    Draw,
+    LogitBias,
+    TokenCounts,
+    count_tokens,
+    edited_logits,
+    logit_bias_of,
+)
 from gpu_worker.engine.sampler import NO_TOKEN, sample
 from shared.types import SamplingParams
 
@@ -23,7 +30,8 @@ def noise(rows: int = 1, seed: int = 1) -> NDArray[np.float32]:
 
 def draw(position: int = 9, *, banned: tuple[int, ...] = (), **params: object) -> Draw:
     sampling = SamplingParams(**params)  # type: ignore[arg-type]
-    return Draw(sampling, position, banned, count_tokens(sampling, PROMPT, GENERATED))
+    counts, bias = count_tokens(sampling, PROMPT, GENERATED), logit_bias_of(sampling)
+    return Draw(sampling, position, banned, counts, bias=bias)
 
 
 def mask_of(ids: set[int], num_words: int = 3) -> NDArray[np.int32]:
@@ -142,3 +150,23 @@ def test_bans_yield_where_a_mask_allows_nothing_else() -> None:
     assert sample(row[None], [both]) == [4 if row[4] > row[8] else 8]
     one = Draw(sampling, 9, (4,), allowed=mask_of({4, 8}))
     assert sample(row[None], [one]) == [8]
+
+
+def test_counts_are_those_of_each_token_however_they_came() -> None:
+    rng = np.random.default_rng(3)
+    prompt = rng.integers(0, 40, size=30).tolist()
+    generated = rng.integers(0, 90, size=200).tolist()
+    for at_once in (0, 1, 77, 200):
+        counts = TokenCounts(prompt, generated[:at_once])
+        for token in generated[at_once:]:
+            counts.add(token)
+        ids, numbers = counts.arrays()
+        found = dict(zip(ids.tolist(), numbers.tolist(), strict=True))
+        assert len(found) == len(ids), "each once: a penalty counts once"
+        assert found == {t: generated.count(t) for t in {*prompt, *generated}}
+
+
+def test_a_bias_that_a_message_names_twice_counts_twice_and_strange_ids_do_nothing() -> None:
+    x_V = np.zeros(4)
+    LogitBias(((1, 0.5), (1, 0.25), (-1, 9.0), (4, 9.0), (1 << 40, 9.0))).add_to(x_V)
+    assert x_V.tolist() == [0.0, 0.75, 0.0, 0.0]

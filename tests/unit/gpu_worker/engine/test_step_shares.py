@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from gpu_worker.engine.scheduler import Scheduler
+from gpu_worker.engine.scheduler_limits import NO_LIMIT
 from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.engine.step_shares import BURST_STEPS
+from shared.types import SamplingParams
 from tests.unit.gpu_worker.engine.test_scheduler_tenants import of, step
 from tests.unit.gpu_worker.engine.toy import origin, scheduler
 
@@ -156,3 +159,50 @@ def test_a_step_that_is_thrown_away_leaves_what_comes_next_whole() -> None:
     found = tokens(step(engine))
     assert found["other"] == 1
     assert 1 <= found["hostile"] <= SHARE
+
+
+CARD = {"tenant_step_tokens": NO_LIMIT, "tenant_host_rows": SHARE}
+DRAWN_BY_HOST = SamplingParams(max_tokens=50, min_p=0.1, ignore_eos=True)
+
+
+def begin_drawn(engine: Scheduler, tenant: str, number: int) -> None:
+    for n in range(number):
+        request = of(tenant, f"{tenant}/drawn/{n}", tokens=(1 + n % 20, 1 + n // 20, 7))
+        assert engine.submit(origin(), replace(request, sampling=DRAWN_BY_HOST)) is None
+
+
+def test_where_a_card_draws_few_tokens_of_one_are_drawn_by_the_host_and_all_take_turns() -> None:
+    engine = engine_of(**CARD)
+    begin(engine, "other", 2)
+    begin(engine, "hostile", 4)
+    step(engine)
+    begin_drawn(engine, "hostile", 20)
+    for _ in range(10):
+        assert tokens(step(engine))["other"] == 2
+    seen: Counter[str] = Counter()
+    for _ in range(20):
+        plan = step(engine)
+        assert tokens(plan) == {"hostile": 4 + SHARE, "other": 2}
+        seen.update(str(chunk.sequence.session) for chunk in plan.chunks)
+    assert {seen[f"hostile/drawn/{n}"] for n in range(20)} <= {SHARE - 1, SHARE, SHARE + 1}
+    assert {seen[f"hostile/{n}"] for n in range(4)} == {20}, "the card draws these"
+
+
+def test_prompts_whose_first_token_the_host_draws_count_among_them() -> None:
+    engine = engine_of(**CARD)
+    begin(engine, "other", 2)
+    step(engine)
+    begin_drawn(engine, "hostile", 20)
+    for _ in range(12):
+        assert sum(c.sequence.scheduling.tenant == "hostile" for c in step(engine).chunks) <= SHARE
+
+
+def test_alone_or_beside_one_who_has_as_many_drawn_nobody_is_limited() -> None:
+    engine = engine_of(**CARD)
+    begin_drawn(engine, "a", 12)
+    step(engine)
+    assert tokens(step(engine)) == {"a": 12}
+    begin_drawn(engine, "b", 12)
+    for _ in range(12):
+        step(engine)
+    assert tokens(step(engine)) == {"a": 12, "b": 12}

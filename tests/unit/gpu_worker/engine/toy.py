@@ -108,12 +108,7 @@ class ToyModel:
             self.cache[self._cell(batch, t, int(batch.position_T[t]))] = batch.token_ids_T[t]
 
     def logits(self, batch: StepBatch) -> NDArray[np.float32]:
-        rows = []
-        for t in batch.logits_rows_R:
-            positions = range(int(batch.position_T[t]) + 1)
-            prefix = [int(self.cache[self._cell(batch, int(t), p)]) for p in positions]
-            assert -1 not in prefix, "a position was attended to before it was computed"
-            rows.append(logits_after(prefix))
+        rows = [logits_after(self._prefix(batch, t)) for t in batch.logits_rows_R.tolist()]
         return np.array(rows, dtype=np.float32).reshape(len(rows), VOCAB)
 
     def forward(self, batch: StepBatch, exchange: Exchange) -> Forward:
@@ -121,7 +116,34 @@ class ToyModel:
         x_TH = np.zeros((batch.num_tokens, HIDDEN), dtype=np.float32)
         dispatched = exchange.dispatch(0, x_TH, np.zeros((batch.num_tokens, 1), dtype=np.int32))
         exchange.combine(0, np.zeros((len(dispatched.rows_N), HIDDEN), dtype=np.float32))
-        return Forward(logits_RV=self.logits(batch), any_work=dispatched.any_work)
+        return Forward(
+            logits_RV=self.logits(batch),
+            any_work=dispatched.any_work,
+            any_tokens=dispatched.any_tokens,
+        )
+
+    def draft(
+        self,
+        batch: StepBatch,
+        next_ids_T: NDArray[np.int32],
+        rows_R: NDArray[np.int32],
+        exchange: Exchange,
+    ) -> NDArray[np.float32]:
+        """Implements `DraftModel`. Two guesses of three are right."""
+        x_TH = np.zeros((batch.num_tokens, HIDDEN), dtype=np.float32)
+        sent = exchange.dispatch(1, x_TH, np.zeros((batch.num_tokens, 1), dtype=np.int32))
+        exchange.combine(1, np.zeros((len(sent.rows_N), HIDDEN), dtype=np.float32))
+        rows = []
+        for t in rows_R.tolist():
+            prefix = [*self._prefix(batch, t), int(next_ids_T[t])]
+            rows.append(np.roll(logits_after(prefix), 1 if sum(prefix) % 3 == 0 else 0))
+        return np.array(rows, dtype=np.float32).reshape(len(rows), VOCAB)
+
+    def _prefix(self, batch: StepBatch, t: int) -> list[int]:
+        positions = range(int(batch.position_T[t]) + 1)
+        prefix = [int(self.cache[self._cell(batch, t, p)]) for p in positions]
+        assert -1 not in prefix, "a position was attended to before it was computed"
+        return prefix
 
     def _cell(self, batch: StepBatch, t: int, position: int) -> tuple[int, int]:
         block = int(batch.block_tables_SB[batch.sequence_T[t], position // self.block_tokens])

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from gpu_worker.model_tools.__main__ import main
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from gpu_worker.model_tools.seeded_configs import SEEDED_CONFIGS
-from shared.model_spec import ARCHITECTURES, read_model_spec
+from shared.model_spec import ARCHITECTURES, read_model_spec, with_drafts
 from tests.unit.gpu_worker.cpu.runs import SMALL, open_ranks
 
 CONVERSATION = [
@@ -158,6 +159,29 @@ def test_the_command_writes_a_small_checkpoint_of_any_family(tmp_path: Path, fam
         for prompt in ("Hello", "def f(x):", "1 2 3 4", "The quick brown fox")
     ]
     assert sorted(distinct)[1] > 12, distinct
+
+
+@pytest.mark.parametrize("guesses", ["random", "good"])
+def test_the_command_adds_a_layer_that_drafts(tmp_path: Path, guesses: str) -> None:
+    arguments = ["seed", "--family", "glm4_moe", "--out", str(tmp_path / "m")]
+    assert main([*arguments, "--guesses", guesses]) == 0
+    assert with_drafts(read_model_spec(tmp_path / "m"), 1).draft_layers == (3,)
+    tensors = load_file(tmp_path / "m" / "model-00002-of-00002.safetensors")
+    tensors |= load_file(tmp_path / "m" / "model-00001-of-00002.safetensors")
+    layer = "model.layers.3"
+    for name, source in (
+        (f"{layer}.embed_tokens.weight", "model.embed_tokens.weight"),
+        (f"{layer}.shared_head.head.weight", "lm_head.weight"),
+    ):
+        assert np.array_equal(tensors[name], tensors[source])
+    looks_at_context = bool(tensors[f"{layer}.self_attn.o_proj.weight"].any())
+    assert looks_at_context is (guesses == "random")
+
+
+def test_a_family_without_such_a_layer_gets_none(tmp_path: Path) -> None:
+    arguments = ["seed", "--family", "mixtral", "--out", str(tmp_path / "m")]
+    assert main([*arguments, "--guesses", "random"]) == 1
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_checkpoint_of_another_family_is_not_taken_for_the_one_asked_for(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from shared.errors import GrammarError
 from shared.grammars.closed_schema import close_objects
 
 TEXT = {"type": "string"}
@@ -104,3 +105,40 @@ def test_references_in_a_circle_end() -> None:
     schema = {"allOf": [{"$ref": "#"}, ONE]}
     assert close_objects(schema)["allOf"][-1] == only("a")
     assert close_objects({"$ref": "#"}) == {"$ref": "#"}
+
+
+def all_to_all(count: int) -> dict[str, Any]:
+    """Each definition may be any of them all."""
+    any_of = [{"$ref": f"#/$defs/d{number}"} for number in range(count)]
+    defs = {f"d{n}": {"properties": {f"p{n}": TEXT}, "anyOf": any_of} for n in range(count)}
+    return {"properties": {"x": TEXT}, "anyOf": any_of, "$defs": defs}
+
+
+def test_references_between_all_definitions_are_followed_once_each() -> None:
+    closed = close_objects(all_to_all(12))
+    assert closed["allOf"] == [only(*sorted(["x", *(f"p{n}" for n in range(12))]))]
+
+
+def test_a_chain_of_references_may_be_long() -> None:
+    chain = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}]} for n in range(2_000)}
+    closed = close_objects({**ONE, "$ref": "#/$defs/d0", "$defs": chain})
+    assert closed["allOf"] == [only("a")]
+
+
+def test_references_that_are_too_many_to_follow_are_refused() -> None:
+    with pytest.raises(GrammarError, match="refer to each other too often"):
+        close_objects(all_to_all(60))
+
+
+KEYS = [
+    *("$ref", "properties", "anyOf", "oneOf", "if", "then", "else", "not", "items"),
+    *("prefixItems", "$defs", "definitions", "dependentSchemas", "type", "required", "enum"),
+]
+
+
+@pytest.mark.parametrize("beside", [{}, ONE, {"allOf": [ONE]}])
+def test_what_is_no_schema_is_left_for_the_compiler_to_refuse(beside: dict[str, Any]) -> None:
+    odd: list[Any] = [None, True, 5, "x", [None], [5], ["x"], {"a": 5}]
+    for key in set(KEYS) - beside.keys():
+        assert [close_objects({**beside, key: value})[key] for value in odd] == odd
+    assert close_objects({**ONE, "allOf": 5}) == {**ONE, "allOf": 5}

@@ -224,6 +224,12 @@ def test_an_empty_grammar_and_left_recursion_are_followed(
     grammars.try_out(grammar_of(GrammarKind.GRAMMAR, text))
 
 
+def test_the_schema_true_is_any_json(grammars: GrammarCompiler) -> None:
+    grammar = grammar_of(GrammarKind.JSON_SCHEMA, "true", json_space="")
+    assert grammar == grammar_of(GrammarKind.JSON_SCHEMA, "{}", json_space="")
+    grammars.try_out(grammar)
+
+
 def test_the_librarys_state_is_not_shown() -> None:
     assert client_words("lexer error: too big\n<state>\nTokens: secret") == "lexer error: too big"
     assert client_words("NoExtensionBias\n<state>") == "no text follows it"

@@ -26,10 +26,10 @@ def ending(reason: str, stop_string: str | None = None) -> Ending:
     return Ending(reason=reason, stop_string=stop_string, usage=USAGE)
 
 
-def events_of(data: bytes) -> list[dict[str, Any]]:
+def events_of(written: list[bytes]) -> list[dict[str, Any]]:
     """Each is valid, and named as its type."""
     events = []
-    for block in data.decode().strip().split("\n\n"):
+    for block in b"".join(written).decode().strip().split("\n\n"):
         name, body = block.split("\n")
         event = msgspec.json.decode(body.removeprefix("data: "))
         assert event["type"] == name.removeprefix("event: ")
@@ -75,14 +75,14 @@ def test_why_an_answer_ended() -> None:
 
 def test_a_stream_opens_and_closes_each_block_once() -> None:
     writer = answer()
-    data = writer.begin(USAGE)
-    data += writer.deltas([{"reasoning_content": "h"}, {"reasoning_content": "m"}])
-    data += writer.deltas([{"content": "a"}])
-    data += writer.deltas([{"content": "b"}, call(0, name="f", arguments="")])
-    data += writer.deltas([call(0, arguments='{"x"'), call(0, arguments=":1}")])
-    data += writer.deltas([call(1, name="g", arguments="{}")])
-    data += writer.end(ending("tool_calls"))
-    events = events_of(data)
+    written = writer.begin(USAGE)
+    written += writer.deltas([{"reasoning_content": "h"}, {"reasoning_content": "m"}])
+    written += writer.deltas([{"content": "a"}])
+    written += writer.deltas([{"content": "b"}, call(0, name="f", arguments="")])
+    written += writer.deltas([call(0, arguments='{"x"'), call(0, arguments=":1}")])
+    written += writer.deltas([call(1, name="g", arguments="{}")])
+    written += writer.end(ending("tool_calls"))
+    events = events_of(written)
     assert [
         (event["index"], event["content_block"]["type"])
         for event in events

@@ -42,10 +42,10 @@ def ending(reason: str) -> Ending:
     return Ending(reason=reason, stop_string=None, usage=USAGE)
 
 
-def events_of(data: bytes) -> list[dict[str, Any]]:
+def events_of(written: list[bytes]) -> list[dict[str, Any]]:
     """Each is valid, named as its type, and numbered."""
     events = []
-    for number, block in enumerate(data.decode().strip().split("\n\n")):
+    for number, block in enumerate(b"".join(written).decode().strip().split("\n\n")):
         name, line = block.split("\n")
         event = msgspec.json.decode(line.removeprefix("data: "))
         assert event["type"] == name.removeprefix("event: ")
@@ -167,12 +167,12 @@ def test_a_response_that_was_cut_off_says_so() -> None:
 
 def test_a_stream_ends_with_the_same_response_as_the_whole() -> None:
     writer = answer()
-    data = writer.begin(USAGE)
-    data += writer.deltas([{"reasoning_content": "h"}, {"reasoning_content": "m"}])
-    data += writer.deltas([{"content": "h"}, {"content": "i"}, call(0, name="f", arguments="")])
-    data += writer.deltas([call(0, arguments="{"), call(0, arguments="}")])
-    data += writer.end(ending("tool_calls"))
-    events = events_of(data)
+    written = writer.begin(USAGE)
+    written += writer.deltas([{"reasoning_content": "h"}, {"reasoning_content": "m"}])
+    written += writer.deltas([{"content": "h"}, {"content": "i"}, call(0, name="f", arguments="")])
+    written += writer.deltas([call(0, arguments="{"), call(0, arguments="}")])
+    written += writer.end(ending("tool_calls"))
+    events = events_of(written)
     message = {
         "reasoning_content": "hm",
         "content": "hi",
@@ -194,8 +194,8 @@ def test_an_empty_stream_has_an_empty_message() -> None:
 
 def test_a_failed_stream_keeps_what_came() -> None:
     writer = answer()
-    data = writer.begin(USAGE) + writer.deltas([{"content": "hi"}])
-    events = events_of(data + writer.failed(http_error(Unavailable("no rank"))))
+    written = writer.begin(USAGE) + writer.deltas([{"content": "hi"}])
+    events = events_of([*written, writer.failed(http_error(Unavailable("no rank")))])
     assert events[-1]["response"]["status"] == "failed"
     assert events[-1]["response"]["error"]["message"] == "no rank"
     assert events[-1]["response"]["output"][0]["content"][0]["text"] == "hi"
