@@ -24,9 +24,9 @@ _TENANT_TOKENS_OF_CPU = 4
 """A step of a CPU rank that decodes two takes twice as long with eight tokens more; one of a card
 does not."""
 
-_TENANT_HOST_ROWS_OF_CARD = 8
-"""The host takes a millisecond or two to draw one token from a large vocabulary, and a step of a
-card some tens."""
+_TENANT_HOST_ROWS_OF_CARD = 4
+"""The host takes some milliseconds to draw one token from a large vocabulary, and a step of a card
+some tens."""
 
 
 def tokens_max_of_exchange(

@@ -7,13 +7,21 @@ from typing import Any
 import msgspec
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
+from openai.types.responses.response_text_config_param import ResponseTextConfigParam
+from openai.types.shared_params.reasoning import Reasoning
 from pydantic import TypeAdapter
 
-from gateway.api.bodies import ChatBody
+from gateway.api.bodies import ChatBody, ignored_fields
 from gateway.api.dialect import Ending
 from gateway.api.errors import http_error
 from gateway.api.openai_responses.answer import ResponseAnswer
-from gateway.api.openai_responses.bodies import ResponsesBody, refuse_unsupported
+from gateway.api.openai_responses.bodies import (
+    ReasoningOptions,
+    ResponsesBody,
+    TextOptions,
+    refuse_unsupported,
+)
 from gateway.api.openai_responses.chat import chat_fields, input_messages
 from gateway.api.openai_responses.store import ResponseStore, StoredResponse
 from gateway.api.responses import Usage
@@ -225,3 +233,38 @@ def test_a_response_exists_for_its_owner_alone() -> None:
     assert not store.delete("resp_0", "b")
     assert store.delete("resp_0", "a")
     assert store.get("resp_0", "a") is None
+
+
+@pytest.mark.parametrize(
+    ("body", "theirs"),
+    [
+        (ResponsesBody, ResponseCreateParamsBase),
+        (ReasoningOptions, Reasoning),
+        (TextOptions, ResponseTextConfigParam),
+    ],
+)
+def test_every_field_of_the_api_is_known(body: type[msgspec.Struct], theirs: type) -> None:
+    assert set(theirs.__annotations__) <= set(body.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "plain"),
+    [
+        ("text", {"verbosity": "low"}, {"verbosity": "medium"}),
+        ("reasoning", {"mode": "pro"}, {"mode": "standard"}),
+        ("reasoning", {"context": "all_turns"}, {"context": "auto"}),
+    ],
+)
+def test_what_would_change_the_answer_inside_an_object_is_refused(
+    field: str, value: dict[str, str], plain: dict[str, str]
+) -> None:
+    checked_chat(body_of(**{field: plain}))
+    with pytest.raises(RequestError) as refused:
+        checked_chat(body_of(**{field: value}))
+    assert refused.value.param == field
+
+
+def test_unknown_fields_of_objects_are_named() -> None:
+    fields = {"input": "hi", "text": {"colour": 1}, "reasoning": None, "user": "u", "temprature": 0}
+    named = ignored_fields(msgspec.json.encode(fields), ResponsesBody)
+    assert named == ["temprature", "text.colour"]
