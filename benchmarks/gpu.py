@@ -224,15 +224,15 @@ def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any
 
     from gpu_worker.cuda.experts.slots import SlotUpload
 
-    values = (
-        torch.empty(16, bench.slots.form.num_values, dtype=torch.bfloat16).normal_().pin_memory()
-    )
+    num_values = bench.slots.form.num_bytes // 2
+    values = torch.empty(16, num_values, dtype=torch.bfloat16).normal_().pin_memory()
+    values = values.view(bench.slots.form.flat_dtype)
     uploads = [
         SlotUpload(layer, bench.sizes.num_experts + spare, spare, values[(layer + spare) % 16])
         for layer in range(bench.sizes.num_moe_layers)
         for spare in range(SPARE_SLOTS)
     ]
-    gigabytes = len(uploads) * bench.sizes.num_expert_weights * 2 / 1e9
+    gigabytes = len(uploads) * bench.slots.form.num_bytes / 1e9
 
     def rate() -> float:
         began = time.perf_counter()

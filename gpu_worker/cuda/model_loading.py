@@ -13,14 +13,13 @@ from gpu_worker.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.card_memory import CardMemory, shared_weight_bytes
 from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
-from gpu_worker.cuda.experts.expert_reader import ExpertSource, are_scaled
+from gpu_worker.cuda.experts.expert_reader import ExpertSource
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
 from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader, open_slot_loader
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.checkpoint_layouts import checkpoint_layout_of
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights
-from gpu_worker.cuda.weights.scaled_blocks import multiplies_fp8
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.expert_cache_memory import ExpertCacheMemory
 from shared.model_spec import ModelSpec
@@ -58,15 +57,14 @@ def load_cuda_model(
     layout = checkpoint_layout_of(spec)
     shapes = layout.tensor_shapes()
     checkpoint = open_checkpoint(folder, shapes, progress.count)
-    expert_tensors = layout.expert_tensors()
-    scaled = multiplies_fp8(device) and are_scaled(checkpoint, expert_tensors)
-    reader = layout.open_experts(checkpoint, dtype, scaled=scaled)
+    prefixes = layout.expert_prefixes
+    reader = layout.open_experts(checkpoint, dtype, device)
     needed = CardMemory(
         form=reader.form,
         num_layers=spec.num_moe_layers,
         num_experts=spec.num_experts,
         slots_per_rank=slots_per_rank,
-        shared_bytes=shared_weight_bytes(checkpoint, list(shapes), expert_tensors, dtype.itemsize),
+        shared_bytes=shared_weight_bytes(checkpoint, list(shapes), prefixes, dtype.itemsize),
         kv_bytes_per_token=layout.sizes.kv_values_per_token * dtype.itemsize,
         kv_tokens=kv_tokens,
     )

@@ -1,6 +1,6 @@
 """The form of one expert's weights on a CUDA rank: in plain numbers of the model's dtype, or in
-block-scaled FP8 as the checkpoint stores them, and with or without biases. Slots, copies on the
-host and staging memory hold the same parts; on the host they lie one after the other."""
+block-scaled FP8 as the checkpoint stores them; plain ones with or without biases. Slots, copies on
+the host and staging memory hold the same parts; on the host they lie one after the other."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ExpertPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertForm:
-    """`dtype` is the model's; biases have it always. `scaled` experts are
-    `scaled_blocks.ScaledBlocks`. A dense model has one expert, whose inner size is 0."""
+    """`dtype` is the model's. `scaled` experts are `scaled_blocks.ScaledBlocks`, and have no
+    biases. A dense model has one expert, whose inner size is 0."""
 
     hidden_size: int
     inner_size: int
@@ -34,22 +34,27 @@ class ExpertForm:
     scaled: bool = False
     biased: bool = False
 
+    def __post_init__(self) -> None:
+        assert not (self.scaled and self.biased), "no kernel adds biases to scaled products"
+
     @property
     def parts(self) -> tuple[ExpertPart, ...]:
         """Gate and up `[2I, H]`, then down `[H, I]`; if scaled, both as codes, then the scales of
-        the first and of the second; if biased, then the biases of the first `[2I]` and of the
-        second `[H]`."""
+        the first and of the second; if biased, then their biases."""
         hidden, inner = self.hidden_size, self.inner_size
         dtype = CODES if self.scaled else self.dtype
-        parts = [ExpertPart(dtype, (2 * inner, hidden)), ExpertPart(dtype, (hidden, inner))]
-        if self.scaled:
-            across, deep = num_blocks(hidden), num_blocks(inner)
-            parts.append(ExpertPart(torch.float32, (2 * deep, across)))
-            parts.append(ExpertPart(torch.float32, (across, deep)))
+        weights = (ExpertPart(dtype, (2 * inner, hidden)), ExpertPart(dtype, (hidden, inner)))
         if self.biased:
-            parts.append(ExpertPart(self.dtype, (2 * inner,)))
-            parts.append(ExpertPart(self.dtype, (hidden,)))
-        return tuple(parts)
+            biases = (ExpertPart(dtype, (2 * inner,)), ExpertPart(dtype, (hidden,)))
+            return (*weights, *biases)
+        if not self.scaled:
+            return weights
+        across, deep = num_blocks(hidden), num_blocks(inner)
+        return (
+            *weights,
+            ExpertPart(torch.float32, (2 * deep, across)),
+            ExpertPart(torch.float32, (across, deep)),
+        )
 
     @property
     def name(self) -> str:

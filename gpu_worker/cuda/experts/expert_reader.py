@@ -44,12 +44,12 @@ class ExpertReader:
         self._checkpoint = checkpoint
         self._prefix_of = prefix_of
         self._matrix_names = matrix_names
-        inner, hidden = checkpoint.shape(self._names(0, 0)[0])
+        inner, hidden = checkpoint.shape(_names(prefix_of(0, 0), matrix_names)[0])
         self.form = ExpertForm(hidden_size=hidden, inner_size=inner, dtype=dtype, scaled=scaled)
 
     def read(self, layer: int, expert: int, out_N: Tensor) -> None:
         gate_up_JH, down_HI, *scales = self.form.split(out_N)
-        names = self._names(layer, expert)
+        names = _names(self._prefix_of(layer, expert), self._matrix_names)
         weights = [*gate_up_JH.chunk(2), down_HI]
         if not scales:
             for name, out in zip(names, weights, strict=True):
@@ -58,10 +58,6 @@ class ExpertReader:
         of_weights = [*scales[0].chunk(2), scales[1]]
         for name, out, scale in zip(names, weights, of_weights, strict=True):
             self._checkpoint.copy_codes(name, out.view(torch.uint8).numpy(), scale.numpy())
-
-    def _names(self, layer: int, expert: int) -> list[str]:
-        prefix = self._prefix_of(layer, expert)
-        return [f"{prefix}.{name}.weight" for name in self._matrix_names]
 
 
 class NoExperts:
@@ -74,7 +70,17 @@ class NoExperts:
         pass
 
 
-def are_scaled(checkpoint: Checkpoint, names: Iterable[str]) -> bool:
-    """Whether the checkpoint has all these matrices of experts in FP8, with blocks of the size that
-    the kernels take."""
-    return all(checkpoint.fp8_block(name) == (BLOCK, BLOCK) for name in names)
+def are_scaled(
+    checkpoint: Checkpoint, prefixes: Iterable[str], matrix_names: MlpNames = USUAL_NAMES
+) -> bool:
+    """Whether the checkpoint has all matrices of the experts whose names begin with `prefixes` in
+    FP8, with blocks of the size that the kernels take."""
+    return all(
+        checkpoint.fp8_block(name) == (BLOCK, BLOCK)
+        for prefix in prefixes
+        for name in _names(prefix, matrix_names)
+    )
+
+
+def _names(prefix: str, matrix_names: MlpNames) -> list[str]:
+    return [f"{prefix}.{name}.weight" for name in matrix_names]

@@ -82,8 +82,8 @@ class CudaSlots:
         self.w_gate_up_LSJH, self.w_down_LSHI = self.parts[:2]
         self.gate_up_scales = self.parts[2] if form.scaled else None
         self.down_scales = self.parts[3] if form.scaled else None
-        self.b_gate_up_LSJ = self.parts[-2] if form.biased else None
-        self.b_down_LSH = self.parts[-1] if form.biased else None
+        self.b_gate_up_LSJ = self.parts[2] if form.biased else None
+        self.b_down_LSH = self.parts[3] if form.biased else None
         self.num_layers, self.slots_per_rank = leading
         self._ledger = SlotLedger(num_layers, slots_per_rank)
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -144,9 +144,8 @@ class CudaSlots:
                 _fill_randomly(weights[layer, :num_experts], std)
                 if scales is not None:
                     scales[layer, :num_experts] = std / CODES_STD
-            for bias in (self.b_gate_up_LSJ, self.b_down_LSH):
-                if bias is not None:
-                    bias[layer, :num_experts].normal_(std=std)
+            for bias in self.parts[2:] if self.form.biased else ():
+                bias[layer, :num_experts].normal_(std=std)
             for expert in range(num_experts):
                 self._ledger.set(layer, expert, expert)
 

@@ -47,7 +47,6 @@ _DOWN_GROUPED = ExpertTile(columns=64, depth=256, warps=4, stages=3)
 _GATE_UP_MANY = ExpertTile(columns=64, depth=64, warps=4, stages=4)
 _DOWN_MANY = ExpertTile(columns=128, depth=64, warps=4, stages=4)
 _MANY_ROWS = 64  # of a tile
-_PLAIN_ONLY = "scaled experts have no biases, and are gated by silu"
 _SMALL_INNER = 4096  # up to this size, 32 columns per program leave parts of a large card idle
 
 
@@ -78,7 +77,7 @@ def gate_up(
     of their own.
     """
     if isinstance(w_gate_up_SJH, ScaledBlocks):
-        assert epilogue == SILU_GATED, _PLAIN_ONLY
+        assert epilogue == SILU_GATED, "scaled experts have no other epilogue"
         scaled_experts.gate_up(x, w_gate_up_SJH, rows, inner_NI, chosen=chosen)
         return
     if rows.tiles is not None and rows.tiles.rows == TALL_ROWS and tile is None:
@@ -117,7 +116,7 @@ def down(
 ) -> None:
     """`y = w_down inner`, per row in the weights of its slot, plus the bias of `epilogue`."""
     if isinstance(w_down_SHI, ScaledBlocks):
-        assert epilogue == SILU_GATED, _PLAIN_ONLY
+        assert epilogue == SILU_GATED, "scaled experts have no other epilogue"
         scaled_experts.down(inner_NI, w_down_SHI, rows, y_NH)
         return
     if rows.tiles is not None and rows.tiles.rows == TALL_ROWS and tile is None:

@@ -227,13 +227,6 @@ class ExchangedMoe:
         return self._y_NH
 
 
-def _row_buffers(slots: CudaSlots, rows: int) -> tuple[Tensor, Tensor]:
-    """Of what gate and up, and down, give for so many rows."""
-    form = slots.form
-    inner_NI = torch.empty((rows, form.inner_size), device=slots.device, dtype=form.dtype)
-    return inner_NI, inner_NI.new_empty(rows, form.hidden_size)
-
-
 def _epilogue(slots: CudaSlots, layer: int, *, clamped: bool) -> Epilogue:
     b_gate_up, b_down = slots.b_gate_up_LSJ, slots.b_down_LSH
     return Epilogue(
@@ -241,6 +234,13 @@ def _epilogue(slots: CudaSlots, layer: int, *, clamped: bool) -> Epilogue:
         b_gate_up_SJ=None if b_gate_up is None else b_gate_up[layer],
         b_down_SH=None if b_down is None else b_down[layer],
     )
+
+
+def _row_buffers(slots: CudaSlots, rows: int) -> tuple[Tensor, Tensor]:
+    """Of what gate and up, and down, give for so many rows."""
+    form = slots.form
+    inner_NI = torch.empty((rows, form.inner_size), device=slots.device, dtype=form.dtype)
+    return inner_NI, inner_NI.new_empty(rows, form.hidden_size)
 
 
 def slot_table(num_layers: int, num_turns: int, num_experts: int, device: torch.device) -> Tensor:

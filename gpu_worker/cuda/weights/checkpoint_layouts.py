@@ -7,9 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from gpu_worker.checkpoint.checkpoint import Shape
+import torch
+
+from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
+from gpu_worker.cuda.experts.expert_reader import ExpertSource
 from gpu_worker.cuda.weights.common_weights import check_tiles
-from gpu_worker.cuda.weights.decoder_layout import OpenExperts
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights
 from gpu_worker.cuda.weights.deepseek_weights import deepseek_layout
@@ -39,7 +41,13 @@ class CheckpointLayout(Protocol):
         ...
 
     @property
-    def open_experts(self) -> OpenExperts: ...
+    def expert_prefixes(self) -> frozenset[str]:
+        """See `decoder_layout.MlpPart`, as of `open_experts`."""
+        ...
+
+    def open_experts(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> ExpertSource: ...
 
     def read(self, reader: WeightReader) -> DecoderWeights:
         """Raises CheckpointError."""

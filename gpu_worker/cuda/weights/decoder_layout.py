@@ -22,7 +22,6 @@ from gpu_worker.cuda.weights.decoder_weights import (
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.model_spec import ModelSpec
 
-_OF_EXPERTS = ".experts."
 _Weights_co = TypeVar("_Weights_co", covariant=True)
 
 
@@ -36,9 +35,16 @@ class LayerPart(Protocol[_Weights_co]):
         ...
 
 
-class OpenExperts(Protocol):
-    def __call__(self, checkpoint: Checkpoint, dtype: torch.dtype, *, scaled: bool) -> ExpertSource:
-        """`scaled`: the tensors of all experts are in block-scaled FP8, and may stay so."""
+class MlpPart(LayerPart[MoeWeights | MlpWeights], Protocol):
+    @property
+    def expert_prefixes(self) -> frozenset[str]:
+        """What the names of experts' tensors begin with, without the last one or two words."""
+        ...
+
+    def open_experts(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> ExpertSource:
+        """For slots on `device`: in a form that its kernels take."""
         ...
 
 
@@ -51,11 +57,11 @@ class DecoderLayout:
         sizes: DecoderSizes,
         *,
         attention: LayerPart[GqaWeights | MlaWeights],
-        mlps: LayerPart[MoeWeights | MlpWeights],
-        open_experts: OpenExperts,
+        mlps: MlpPart,
     ) -> None:
         self.sizes = sizes
-        self.open_experts = open_experts
+        self.expert_prefixes = mlps.expert_prefixes
+        self.open_experts = mlps.open_experts
         self._spec = spec
         self._attention = attention
         self._mlps = mlps
@@ -66,9 +72,6 @@ class DecoderLayout:
             shapes |= self._attention.tensor_shapes(layer)
             shapes |= self._mlps.tensor_shapes(layer)
         return shapes
-
-    def expert_tensors(self) -> set[str]:
-        return {name for name in self.tensor_shapes() if _OF_EXPERTS in name}
 
     def read(self, reader: WeightReader) -> DecoderWeights:
         return read_decoder(

@@ -7,16 +7,17 @@ import torch
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
 from gpu_worker.checkpoint.deepseek_routing import deepseek_shapes, read_deepseek_routing
-from gpu_worker.cuda.experts.expert_reader import ExpertReader
+from gpu_worker.cuda.experts.expert_reader import ExpertReader, are_scaled
 from gpu_worker.cuda.weights.common_weights import read_mlp
 from gpu_worker.cuda.weights.decoder_sizes import Routing
 from gpu_worker.cuda.weights.decoder_weights import MlpWeights, MoeWeights
+from gpu_worker.cuda.weights.scaled_blocks import multiplies_fp8
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.model_spec import ModelSpec
 
 
 class DeepseekMoe:
-    """Implements `decoder_layout.LayerPart`. With V3's routing if `sigmoid`, else with V2's."""
+    """Implements `decoder_layout.MlpPart`. With V3's routing if `sigmoid`, else with V2's."""
 
     def __init__(self, spec: ModelSpec, *, sigmoid: bool) -> None:
         """Raises CheckpointError."""
@@ -47,12 +48,22 @@ class DeepseekMoe:
             ),
         )
 
+    @property
+    def expert_prefixes(self) -> frozenset[str]:
+        experts = range(self._spec.num_experts)
+        return frozenset(
+            f"model.layers.{layer}.mlp.experts.{e}"
+            for layer in self._spec.moe_layers
+            for e in experts
+        )
+
     def open_experts(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, *, scaled: bool
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     ) -> ExpertReader:
         moe_layers = self._spec.moe_layers
 
         def prefix_of(moe_layer: int, expert: int) -> str:
             return f"model.layers.{moe_layers[moe_layer]}.mlp.experts.{expert}"
 
+        scaled = multiplies_fp8(device) and are_scaled(checkpoint, self.expert_prefixes)
         return ExpertReader(checkpoint, prefix_of, dtype, scaled=scaled)

@@ -31,7 +31,6 @@ def deepseek_layout(spec: ModelSpec, *, sigmoid: bool, has_indexer: bool) -> Dec
         decoder_sizes(spec, attention=shape, routing=moe.routing, shared_size=moe.shared_size),
         attention=MlaAttention(shape),
         mlps=moe,
-        open_experts=moe.open_experts,
     )
 
 

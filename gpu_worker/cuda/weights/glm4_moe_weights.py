@@ -37,5 +37,4 @@ def glm4_moe_layout(spec: ModelSpec) -> DecoderLayout:
         sizes,
         attention=GqaAttention(spec, shape, qkv_bias=bool(raw.get("attention_bias", False))),
         mlps=moe,
-        open_experts=moe.open_experts,
     )

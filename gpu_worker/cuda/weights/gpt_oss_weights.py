@@ -37,12 +37,11 @@ def gpt_oss_layout(spec: ModelSpec) -> DecoderLayout:
         ),
         attention=GqaAttention(spec, shape, qkv_bias=has_bias, o_bias=has_bias, has_sinks=True),
         mlps=moe,
-        open_experts=moe.open_experts,
     )
 
 
 class GptOssMoe:
-    """Implements `decoder_layout.LayerPart`."""
+    """Implements `decoder_layout.MlpPart`."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -56,10 +55,13 @@ class GptOssMoe:
             b_router_E=reader.read_exact(f"{_prefix(layer)}.router.bias"),
         )
 
+    @property
+    def expert_prefixes(self) -> frozenset[str]:
+        return frozenset(f"{_prefix(layer)}.experts" for layer in self._spec.moe_layers)
+
     def open_experts(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, *, scaled: bool
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     ) -> FusedExpertReader:
-        """`scaled` changes nothing: what is stored transposed is widened."""
         moe_layers = self._spec.moe_layers
 
         def prefix_of(moe_layer: int) -> str:

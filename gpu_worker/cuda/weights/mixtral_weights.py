@@ -27,5 +27,4 @@ def mixtral_layout(spec: ModelSpec) -> DecoderLayout:
         decoder_sizes(spec, attention=shape, routing=Routing(normalise=True)),
         attention=GqaAttention(spec, shape),
         mlps=moe,
-        open_experts=moe.open_experts,
     )

@@ -30,5 +30,4 @@ def olmoe_layout(spec: ModelSpec) -> DecoderLayout:
         ),
         attention=GqaAttention(spec, shape, qkv_bias=has_bias, o_bias=has_bias),
         mlps=moe,
-        open_experts=moe.open_experts,
     )

@@ -36,5 +36,4 @@ def qwen3_moe_layout(spec: ModelSpec) -> DecoderLayout:
         ),
         attention=GqaAttention(spec, shape, qkv_bias=has_bias, o_bias=has_bias),
         mlps=moe,
-        open_experts=moe.open_experts,
     )

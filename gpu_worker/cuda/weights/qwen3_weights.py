@@ -30,5 +30,4 @@ def qwen3_layout(spec: ModelSpec) -> DecoderLayout:
         decoder_sizes(spec, attention=shape, routing=Routing()),
         attention=GqaAttention(spec, shape, qkv_bias=has_bias, o_bias=has_bias),
         mlps=mlps,
-        open_experts=mlps.open_experts,
     )

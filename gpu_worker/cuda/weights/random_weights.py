@@ -56,7 +56,13 @@ def random_weights(
 
 class _Source:
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, std: float, *, scaled: bool, biased: bool
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        std: float,
+        *,
+        scaled: bool,
+        biased: bool,
     ) -> None:
         self._device, self._dtype, self._std = device, dtype, std
         self._scaled, self._biased = scaled, biased

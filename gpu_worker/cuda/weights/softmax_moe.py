@@ -8,15 +8,21 @@ import torch
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
 from gpu_worker.checkpoint.common_tensors import dense_size
 from gpu_worker.checkpoint.mlp_names import USUAL_NAMES, MlpNames, mlp_shapes
-from gpu_worker.cuda.experts.expert_reader import ExpertReader, ExpertSource, NoExperts
+from gpu_worker.cuda.experts.expert_reader import (
+    ExpertReader,
+    ExpertSource,
+    NoExperts,
+    are_scaled,
+)
 from gpu_worker.cuda.weights.common_weights import read_mlp
 from gpu_worker.cuda.weights.decoder_weights import MlpWeights, MoeWeights
+from gpu_worker.cuda.weights.scaled_blocks import multiplies_fp8
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.model_spec import ModelSpec
 
 
 class SoftmaxMoe:
-    """Implements `decoder_layout.LayerPart`. A layer's router and experts stand under `name`, with
+    """Implements `decoder_layout.MlpPart`. A layer's router and experts stand under `name`, with
     `expert_names` for the matrices of each."""
 
     def __init__(
@@ -46,19 +52,25 @@ class SoftmaxMoe:
             return MoeWeights(w_router_EH=reader.read(f"{self._prefix(layer)}.gate.weight"))
         return read_mlp(reader, f"model.layers.{layer}.mlp")
 
+    @property
+    def expert_prefixes(self) -> frozenset[str]:
+        experts = range(self._spec.num_experts)
+        return frozenset(
+            f"{self._prefix(layer)}.experts.{e}" for layer in self._spec.moe_layers for e in experts
+        )
+
     def open_experts(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, *, scaled: bool
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     ) -> ExpertSource:
-        moe_layers = self._spec.moe_layers
+        moe_layers, names = self._spec.moe_layers, self._expert_names
         if not moe_layers:
             return NoExperts(self._spec.hidden_size, dtype)
 
         def prefix_of(moe_layer: int, expert: int) -> str:
             return f"{self._prefix(moe_layers[moe_layer])}.experts.{expert}"
 
-        return ExpertReader(
-            checkpoint, prefix_of, dtype, matrix_names=self._expert_names, scaled=scaled
-        )
+        scaled = multiplies_fp8(device) and are_scaled(checkpoint, self.expert_prefixes, names)
+        return ExpertReader(checkpoint, prefix_of, dtype, matrix_names=names, scaled=scaled)
 
     def _prefix(self, layer: int) -> str:
         return f"model.layers.{layer}.{self._name}"

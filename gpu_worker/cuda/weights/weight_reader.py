@@ -63,9 +63,8 @@ class WeightReader:
 
     def read_exact(self, *names: str) -> Tensor:
         """Small tensors in float32, concatenated along the first axis."""
-        return torch.cat([torch.from_numpy(self._checkpoint.read(n)) for n in names]).to(
-            self._device
-        )
+        parts = [torch.from_numpy(self._checkpoint.read(name)) for name in names]
+        return torch.cat(parts).to(self._device)
 
     def _stays_scaled(self, names: Sequence[str], in_parts: bool) -> bool:
         if not multiplies_fp8(self._device):

@@ -16,8 +16,8 @@ HIDDEN, INNER = 24, 40
 PLAIN = ExpertForm(hidden_size=HIDDEN, inner_size=INNER, dtype=torch.bfloat16)
 BIASED = replace(PLAIN, biased=True)
 NUM_VALUES = BIASED.num_values
-SCALED = ExpertForm(hidden_size=272, inner_size=16, dtype=torch.bfloat16, scaled=True, biased=True)
-NUM_CODES, NUM_BIASES = 3 * 272 * 16, 2 * 16 + 272
+SCALED = ExpertForm(hidden_size=272, inner_size=16, dtype=torch.bfloat16, scaled=True)
+NUM_CODES = 3 * 272 * 16
 
 
 def weights(dtype: torch.dtype, form: ExpertForm = BIASED) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_every_flipped_bit_is_noticed(byte: int, bit: int) -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, SCALED.num_bytes - 1), st.integers(0, 7))
-def test_every_flipped_bit_of_codes_scales_and_biases_is_noticed(byte: int, bit: int) -> None:
+def test_every_flipped_bit_of_codes_and_scales_is_noticed(byte: int, bit: int) -> None:
     generator = torch.Generator().manual_seed(1)
     values = torch.randint(0, 256, (SCALED.num_values,), generator=generator, dtype=torch.uint8)
     known = checksum_of(values, SCALED)
@@ -66,20 +66,15 @@ def test_a_slot_has_the_checksum_of_what_was_put_into_it(
     assert int(checksum(parts)) == checksum_of(values, form)
 
 
-def test_a_scaled_expert_lies_in_codes_and_then_scales_and_biases() -> None:
-    parts = SCALED.split(torch.zeros(SCALED.num_values, dtype=torch.uint8))
-    gate_up, down, *scales = parts[:4]
+def test_a_scaled_expert_lies_in_codes_and_then_scales() -> None:
+    gate_up, down, *scales = SCALED.split(torch.zeros(SCALED.num_values, dtype=torch.uint8))
     assert (gate_up.shape, down.shape) == ((32, 272), (272, 16))
     assert gate_up.dtype == down.dtype == torch.float8_e4m3fn
     assert [part.shape for part in scales] == [(2, 3), (3, 1)]
     assert all(part.dtype == torch.float32 for part in scales)
-    assert [part.shape for part in parts[4:]] == [(32,), (272,)]
-    assert all(part.dtype == torch.bfloat16 for part in parts[4:])
-    assert SCALED.num_bytes == NUM_CODES + 4 * 9 + 2 * NUM_BIASES
-    without = replace(SCALED, biased=False)
-    assert without.num_bytes == NUM_CODES + 4 * 9
+    assert SCALED.num_bytes == NUM_CODES + 4 * 9
     with pytest.raises(ValueError, match="13092 values"):
-        without.split(torch.zeros(NUM_CODES, dtype=torch.uint8))
+        SCALED.split(torch.zeros(NUM_CODES, dtype=torch.uint8))
 
 
 def test_an_expert_of_a_dense_model_has_no_weights_and_a_checksum() -> None:
