@@ -29,10 +29,10 @@ from gpu_worker.cuda.kernels.scaled_operands import ScaledTile, load_rows, widen
 from gpu_worker.cuda.weights.scaled_blocks import BLOCK, ScaledBlocks
 
 # The fastest as measured: few stages leave room for more programs on a processor.
-_GATE_UP_UNGROUPED = ScaledTile(columns=64, warps=4, stages=2, unroll=2)
-_GATE_UP_GROUPED = ScaledTile(columns=64, warps=4, stages=2, unroll=2)
-_DOWN_UNGROUPED = ScaledTile(columns=64, warps=4, stages=2, unroll=2)
-_DOWN_GROUPED = ScaledTile(columns=64, warps=4, stages=2, unroll=2)
+_GATE_UP_UNGROUPED = ScaledTile(columns=64, warps=4, stages=3)
+_GATE_UP_GROUPED = ScaledTile(columns=64, warps=4, stages=3)
+_DOWN_UNGROUPED = ScaledTile(columns=64, warps=4, stages=3)
+_DOWN_GROUPED = ScaledTile(columns=64, warps=4, stages=3)
 _TALL = ScaledTile(columns=64, warps=4, stages=3)
 _TALL_ROWS = 128
 """A tile of so many rows that is at most half full is computed as one of half that height."""

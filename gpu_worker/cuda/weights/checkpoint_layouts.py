@@ -36,10 +36,6 @@ class CheckpointLayout(Protocol):
         """Every tensor of a complete checkpoint that a CUDA rank reads."""
         ...
 
-    def expert_tensors(self) -> set[str]:
-        """The names of those that hold routed experts."""
-        ...
-
     @property
     def expert_prefixes(self) -> frozenset[str]:
         """See `decoder_layout.MlpPart`, as of `open_experts`."""
