@@ -16,7 +16,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from control_plane.admin.admin_control import AdminControl
 from control_plane.admin.authentication import require_token
-from control_plane.admin.bodies import ChangeBody, KillBody, digest_of
+from control_plane.admin.bodies import ChangeBody, KillBody
 from control_plane.admin.change_answer import CHANGES, WITHOUT_BODY, ChangeAnswer, answer_of
 from control_plane.admin.client_figures import ClientFigures, ClientsAnswer
 from control_plane.admin.description import ADMIN_API
@@ -27,7 +27,7 @@ from control_plane.admin.errors import (
 )
 from control_plane.admin.experts import ExpertsAnswer, experts_of
 from control_plane.admin.forwarder import FORWARDED, Forwarder
-from control_plane.admin.json_bodies import RAW_BODY, decode, json_answer
+from control_plane.admin.json_bodies import RAW_BODY, decode, digest_of, json_answer
 from control_plane.admin.orchestrator_routes import OrchestratorRoutes
 from control_plane.admin.page import PATH as PAGE_PATH
 from control_plane.admin.page import page_response
@@ -245,9 +245,8 @@ class AdminApp:
     ) -> web.Response:
         body = decode(request, body_type)
         change = body.change(self._control.state)
-        answer = await self._ask(
-            request, name, change, body.request_id, digest_of(name, request[RAW_BODY])
-        )
+        digest = digest_of(name, request)
+        answer = await self._ask(request, name, change, body.request_id, digest)
         return json_answer(answer, status=202)
 
     async def _ask(

@@ -11,10 +11,9 @@ from typing import Protocol
 from aiohttp import web
 
 from control_plane.admin.admin_control import AdminControl
-from control_plane.admin.bodies import digest_of
 from control_plane.admin.change_answer import ChangeAnswer
 from control_plane.admin.errors import ChangeRefused, TookTooLong
-from control_plane.admin.json_bodies import RAW_BODY, decode, json_answer
+from control_plane.admin.json_bodies import decode, digest_of, json_answer
 from control_plane.admin.orchestrators import (
     ApplyAnswer,
     ApplyBody,
@@ -73,7 +72,7 @@ class OrchestratorRoutes:
     async def _ft_apply(self, request: web.Request) -> web.Response:
         body = decode(request, ApplyBody)
         name, change = f"fault_tolerance {body.instruction}", body.change()
-        digest = digest_of(name, request[RAW_BODY])
+        digest = digest_of(name, request)
         request_id = body.request_id or uuid.uuid4().hex
         if reused := why_reused(self._control.state.desired, request_id, digest):
             raise ChangeRefused(reused)
