@@ -1,6 +1,6 @@
 """The responses that a gateway remembers, so that a later request may follow one. In memory, and
 bounded: what is older or larger is forgotten. Another gateway does not know them. They are kept as
-JSON: as Python's objects, nested lists of a client's tools took thirty times the memory."""
+JSON: as Python's objects, nested lists of a client's tools took forty times the memory."""
 
 from __future__ import annotations
 
