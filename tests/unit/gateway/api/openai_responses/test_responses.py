@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -211,7 +213,7 @@ def test_a_failed_stream_keeps_what_came() -> None:
 
 def stored(number: int, owner: str = "a") -> StoredResponse:
     messages = [{"role": "user", "content": "x" * 100}]
-    return StoredResponse(owner=owner, response={"id": f"resp_{number}"}, messages=messages)
+    return StoredResponse.of({"id": f"resp_{number}"}, messages, owner=owner)
 
 
 def test_the_store_is_bounded_and_keeps_what_is_used() -> None:
@@ -222,8 +224,40 @@ def test_the_store_is_bounded_and_keeps_what_is_used() -> None:
     store.put(stored(3))
     assert store.get("resp_1", "a") is None
     assert store.get("resp_0", "a") is not None
-    store.put(StoredResponse(owner="a", response={"id": "x" * 600}, messages=[]))
+    store.put(StoredResponse.of({"id": "x" * 600}, [], owner="a"))
     assert len(store) == 3
+
+
+def test_a_response_comes_back_as_it_was() -> None:
+    response = {"id": "resp_1", "output": [{"text": "é😀\ud7ff", "logprobs": None}], "n": 0.1}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": "\0"}]},
+        {"role": "assistant", "content": None},
+    ]
+    store = ResponseStore(500)
+    store.put(StoredResponse.of(response, messages, owner="a"))
+    found = store.get("resp_1", "a")
+    assert found is not None
+    assert (json.loads(found.response), found.messages) == (response, messages)
+
+
+def test_the_store_takes_no_more_memory_than_its_bound_says() -> None:
+    """The tools that a client sends are part of a response: nested ones of 32 KB took 1 MB."""
+    bytes_max = 1 << 20
+    store = ResponseStore(bytes_max)
+    nested = "[" * 500 + "]" * 500
+    tools = ("[" + ",".join([nested] * 30) + "]").encode()
+    tracemalloc.start()
+    try:
+        for number in range(100):
+            parameters = msgspec.json.decode(tools)
+            response = {"id": f"resp_{number}", "tools": [{"parameters": parameters}]}
+            store.put(StoredResponse.of(response, [], owner="a"))
+        del parameters, response
+        assert 25 < len(store) < 40
+        assert tracemalloc.get_traced_memory()[0] < 1.5 * bytes_max
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_response_exists_for_its_owner_alone() -> None:
