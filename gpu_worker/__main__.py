@@ -26,7 +26,7 @@ from gpu_worker.kv_replication.writer import ReplicaWriter
 from gpu_worker.rank import Hardware, KvReplication, RankParts
 from gpu_worker.rejoin import RejoiningRank
 from gpu_worker.startup_timer import StartupTimer
-from gpu_worker.step_sizes import with_step_sizes
+from gpu_worker.step_sizes import tokens_max_of_exchange, with_step_sizes
 from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
@@ -103,9 +103,13 @@ async def run_rank(config: RankConfig) -> NoReturn:
     num_ranks = spec.capacity if model_spec.moe_layers else 1
     require_drafts(spec, on_card=on_card)
     if on_card:
-        from gpu_worker.cuda.hardware import CudaHardware, step_tokens_with_peers
+        from gpu_worker.cuda.hardware import CudaHardware, card_share
 
-        tokens_max = step_tokens_of(peers) or step_tokens_with_peers(config, model_spec, spec)
+        tokens_max = step_tokens_of(peers) or tokens_max_of_exchange(
+            model_spec.hidden_size,
+            spec.capacity * spec.slots_per_rank,
+            *card_share(config, spec),
+        )
         config = with_step_sizes(config, on_card=True, num_ranks=num_ranks, tokens_max=tokens_max)
         cuda = CudaHardware(config, member, clock, timer.end_stage)
         timer.end_stage("device")

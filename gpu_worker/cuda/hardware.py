@@ -33,7 +33,6 @@ from gpu_worker.exchange.replica_policy import ReplicaPolicy, num_turns
 from gpu_worker.exchange.worker_thread import WorkerThread
 from gpu_worker.kv_replication.budget import uses_kv_replication
 from gpu_worker.rank import Hardware
-from gpu_worker.step_sizes import tokens_max_of_exchange
 from shared.clock import Clock
 from shared.errors import ConfigError
 from shared.expert_cache_memory import expert_cache_memory_of_rank
@@ -72,16 +71,10 @@ def card_of(config: RankConfig) -> int:
     return card
 
 
-def step_tokens_with_peers(config: RankConfig, model: ModelSpec, spec: InstanceSpec) -> int:
-    """How many tokens a step has at most by default, where ranks exchange. The same on all ranks
-    whose hosts and cards are alike. Raises ConfigError."""
-    card = card_of(config)
-    return tokens_max_of_exchange(
-        model.hidden_size,
-        spec.capacity * spec.slots_per_rank,
-        card_bytes(card),
-        -(-spec.capacity // torch.cuda.device_count()),
-    )
+def card_share(config: RankConfig, spec: InstanceSpec) -> tuple[int, int]:
+    """The bytes of a rank's card, and how many ranks may share it. The same on all ranks whose
+    hosts and cards are alike. Raises ConfigError."""
+    return card_bytes(card_of(config)), -(-spec.capacity // torch.cuda.device_count())
 
 
 class CudaHardware:
