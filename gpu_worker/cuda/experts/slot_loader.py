@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
@@ -138,7 +139,7 @@ class CudaSlotLoader:
             else:
                 staged.append(assignment)
         for batch in _batches(pinned, PROGRESS_EVERY):
-            yield self._load_copies(batch, None)
+            yield self._count(self._load_copies(batch, None))
         size = min(self._staged_max, max(1, -(-len(staged) // self._num_readers)))
         with self._open_readers() as pool:
             futures = [pool.submit(self._load_staged, batch) for batch in _batches(staged, size)]
@@ -150,11 +151,22 @@ class CudaSlotLoader:
                 pool.shutdown(cancel_futures=True)
 
     def _load_staged(self, assignments: Sequence[SlotAssignment]) -> _Loaded:
-        staging_BN = self._free.get()
-        try:
-            return self._load_copies(assignments, staging_BN)
-        finally:
-            self._free.put(staging_BN)
+        with self._staging() as staging_BN:
+            return self._count(self._load_copies(assignments, staging_BN))
+
+    def _load_missing(self, assignment: SlotAssignment) -> _Loaded:
+        """From a copy that another rank has made meanwhile, or from one that is made now for all
+        ranks of the host, whose bytes the reader counts."""
+        layer, expert = assignment.layer, assignment.expert
+        if self._host_experts.cached_values(layer, expert) is not None:
+            return self._load_staged([assignment])
+        is_copied = self._host_experts.cache_expert(layer, expert) is not None
+        with self._staging() as staging_BN:
+            if is_copied:
+                self._load_copies([assignment], staging_BN)
+            else:
+                self._load_from_checkpoint(assignment, staging_BN[0])
+        return _Loaded(1, 0)
 
     def _load_copies(
         self, assignments: Sequence[SlotAssignment], staging_BN: Tensor | None
@@ -171,29 +183,31 @@ class CudaSlotLoader:
                 copy = staging_BN[len(uploads)].copy_(copy)
             known = self._host_experts.checksum(assignment.layer, assignment.expert)
             uploads.append(SlotUpload(*assignment, copy, known))
-        damaged = self._slots.load(uploads)
-        for upload in damaged:
-            self._note_damaged(SlotAssignment(upload.layer, upload.slot, upload.expert))
-        from_host = len(uploads) - len(damaged)
-        self._progress.count(from_host * self._reader.form.num_bytes)
-        again = [SlotAssignment(u.layer, u.slot, u.expert) for u in damaged] + rejected
-        for assignment in again:
-            self._load_through(assignment, staging_BN)
-        return _Loaded(len(assignments), from_host)
+        damaged = [SlotAssignment(u.layer, u.slot, u.expert) for u in self._slots.load(uploads)]
+        for assignment in damaged:
+            self._reject(assignment)
+        if again := damaged + rejected:
+            with nullcontext(staging_BN) if staging_BN is not None else self._staging() as free_BN:
+                for assignment in again:
+                    self._load_from_checkpoint(assignment, free_BN[0])
+        return _Loaded(len(assignments), len(uploads) - len(damaged))
 
-    def _load_missing(self, assignment: SlotAssignment) -> _Loaded:
-        """From a copy that another rank has made meanwhile, or from one that is made now for all
-        ranks of the host."""
-        layer, expert = assignment.layer, assignment.expert
-        if self._host_experts.cached_values(layer, expert) is not None:
-            return self._load_staged([assignment])
-        if self._host_experts.cache_expert(layer, expert) is None:
-            self._load_through(assignment, None)
-        else:
-            self._load_staged([assignment])
-        return _Loaded(1, 0)
+    def _count(self, loaded: _Loaded) -> _Loaded:
+        """What came from copies, expert by expert. The reader counts the rest."""
+        for _ in range(loaded.from_host):
+            self._progress.count(self._reader.form.num_bytes)
+        return loaded
 
-    def _note_damaged(self, assignment: SlotAssignment) -> None:
+    @contextmanager
+    def _staging(self) -> Iterator[Tensor]:
+        staging_BN = self._free.get()
+        try:
+            yield staging_BN
+        finally:
+            self._free.put(staging_BN)
+
+    def _reject(self, assignment: SlotAssignment) -> None:
+        """Its copy is damaged."""
         self._num_rejected += 1
         log.error(
             "expert_copy_damaged",
@@ -203,18 +217,9 @@ class CudaSlotLoader:
         )
         self._host_experts.reject(assignment.layer, assignment.expert)
 
-    def _load_through(self, assignment: SlotAssignment, staging_BN: Tensor | None) -> None:
-        """From the checkpoint, through this staging memory or the next that is free. Raises
-        CheckpointError, also if twice something else has arrived in the slot than what was
-        read."""
-        if staging_BN is None:
-            staging_BN = self._free.get()
-            try:
-                self._load_through(assignment, staging_BN)
-            finally:
-                self._free.put(staging_BN)
-            return
-        staging_N = staging_BN[0]
+    def _load_from_checkpoint(self, assignment: SlotAssignment, staging_N: Tensor) -> None:
+        """Raises CheckpointError, also if twice something else has arrived in the slot than what
+        was read."""
         for _ in range(2):
             self._reader.read(assignment.layer, assignment.expert, staging_N)
             known = checksum_of(staging_N, self._reader.form)
