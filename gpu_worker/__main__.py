@@ -105,11 +105,11 @@ async def run_rank(config: RankConfig) -> NoReturn:
     if on_card:
         from gpu_worker.cuda.hardware import CudaHardware, card_share
 
-        tokens_max = step_tokens_of(peers) or tokens_max_of_exchange(
-            model_spec.hidden_size,
-            spec.capacity * spec.slots_per_rank,
-            *card_share(config, spec),
-        )
+        tokens_max = step_tokens_of(peers)
+        if num_ranks > 1 and not tokens_max:
+            num_slots = spec.capacity * spec.slots_per_rank
+            share = card_share(config, spec)
+            tokens_max = tokens_max_of_exchange(model_spec.hidden_size, num_slots, *share)
         config = with_step_sizes(config, on_card=True, num_ranks=num_ranks, tokens_max=tokens_max)
         cuda = CudaHardware(config, member, clock, timer.end_stage)
         timer.end_stage("device")

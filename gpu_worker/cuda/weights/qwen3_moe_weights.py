@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, read_gqa_shape
+from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape, read_gqa_shape
 from gpu_worker.cuda.weights.common_weights import (
     decoder_sizes,
     raise_if_not_silu,
@@ -17,15 +17,20 @@ from shared.model_spec import ModelSpec
 
 def qwen3_moe_layout(spec: ModelSpec) -> DecoderLayout:
     """Raises CheckpointError."""
-    raw = spec.raw
-    raise_if_not_silu(spec)
     raise_if_unsupported_on_cuda(
         {
-            "sliding-window attention": bool(raw.get("use_sliding_window", False)),
+            "sliding-window attention": bool(spec.raw.get("use_sliding_window", False)),
             "a model without expert layers": not spec.moe_layers,
         }
     )
-    shape, moe = read_gqa_shape(spec, QK_NORM_HEAD), SoftmaxMoe(spec)
+    return layout_of(spec, read_gqa_shape(spec, QK_NORM_HEAD))
+
+
+def layout_of(spec: ModelSpec, shape: GqaShape) -> DecoderLayout:
+    """What such checkpoints have in common, whatever the norms of their attention. Raises
+    CheckpointError."""
+    raise_if_not_silu(spec)
+    raw = spec.raw
     has_bias = bool(raw.get("attention_bias", False))
     return DecoderLayout(
         spec,
@@ -35,5 +40,5 @@ def qwen3_moe_layout(spec: ModelSpec) -> DecoderLayout:
             routing=Routing(normalise=bool(raw.get("norm_topk_prob", False))),
         ),
         attention=GqaAttention(spec, shape, qkv_bias=has_bias, o_bias=has_bias),
-        mlps=moe,
+        mlps=SoftmaxMoe(spec),
     )
