@@ -20,7 +20,7 @@ from control_plane.admin.admin_app import AdminApp
 from control_plane.admin.admin_server import serving
 from control_plane.admin.authentication import read_admin_token
 from control_plane.admin.client_figures import ClientFigures, gateways_of
-from control_plane.config import ControlPlaneConfig, bytes_per_expert, instance_spec
+from control_plane.config import ControlPlaneConfig, instance_spec
 from control_plane.control_driver import Driver
 from control_plane.detector_timings import DetectorTimings
 from control_plane.etcd_health_watch import EtcdHealthWatch
@@ -31,6 +31,7 @@ from shared.clock import SystemClock
 from shared.config import add_flags, load_config
 from shared.errors import StarfishError
 from shared.etcd_store import connect_store
+from shared.expert_bytes import expert_bytes
 from shared.garbage_collector import freeze_loaded_objects
 from shared.handshake import Access
 from shared.keys import Keys
@@ -108,7 +109,7 @@ async def serve(config: ControlPlaneConfig) -> None:
             access=access,
             spec=instance_spec(config, model),
             policy=MembershipPolicy(
-                bytes_per_expert=bytes_per_expert(model),
+                bytes_per_expert=expert_bytes(model),
                 formation_grace_s=config.formation_grace_s,
                 first_formation_grace_s=config.first_formation_grace_s,
                 formation_window_s=config.formation_window_s,

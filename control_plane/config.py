@@ -245,10 +245,5 @@ def _context(config: ControlPlaneConfig, model: ModelSpec) -> int:
     return config.context_tokens_max or model.context_tokens_max
 
 
-def bytes_per_expert(model: ModelSpec) -> int:
-    """Bytes of the gate, up and down projections of one expert in fp32."""
-    return 3 * model.hidden_size * model.moe_intermediate_size * 4
-
-
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cli.flags import flags_from_dataclasses
-from cli.plan.expert_bytes import check_cards, expert_bytes
+from cli.plan.card_check import check_cards
 from cli.plan.loads import Skew, generate_loads, read_loads
 from cli.plan.picture import save_picture
 from cli.plan.report import PlanSizes, print_report, report_of
 from cli.target_flags import JsonFlag
 from control_plane.placement import place, shrink
 from shared.errors import ConfigError, StarfishError
+from shared.expert_bytes import expert_bytes
 from shared.expert_map import ExpertMap, Placement
 from shared.model_spec import read_model_spec
 from shared.types import Epoch, Incarnation, Member, RankId

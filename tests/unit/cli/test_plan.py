@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from cli.plan.command import plan
-from cli.plan.expert_bytes import expert_bytes
+from shared.expert_bytes import expert_bytes
 from shared.model_spec import read_model_spec
 
 SMALL = ["--ranks", "4", "--nodes", "2", "--layers", "3", "--experts", "16", "--redundant", "16"]

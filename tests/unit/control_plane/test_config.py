@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from control_plane.config import ControlPlaneConfig, bytes_per_expert, instance_spec
+from control_plane.config import ControlPlaneConfig, instance_spec
 from control_plane.spec_publisher import difference
 from gpu_worker.model_tools.seeded_configs import SEEDED_CONFIGS
 from shared.config import Timings
@@ -80,10 +80,6 @@ def test_an_instance_may_serve_less_context_than_the_model_was_made_for_but_not_
     assert instance_spec(replace(CONFIG, context_tokens_max=512), MODEL).context_tokens_max == 512
     with pytest.raises(ConfigError, match="2048"):
         instance_spec(replace(CONFIG, context_tokens_max=4096), MODEL)
-
-
-def test_an_expert_is_three_projections_of_fp32() -> None:
-    assert bytes_per_expert(MODEL) == 3 * 256 * 128 * 4
 
 
 @pytest.mark.parametrize(

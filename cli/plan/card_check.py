@@ -1,5 +1,4 @@
-"""How many bytes a model's weights take in slots and on a card, by the number format that its
-config.json names, and whether that fits."""
+"""Whether a model's weights fit on the cards of a plan."""
 
 from __future__ import annotations
 
@@ -7,23 +6,10 @@ from pathlib import Path
 
 from cli.plan.report import PlanSizes
 from shared.errors import ConfigError
-from shared.model_spec import ModelSpec, read_model_spec
+from shared.expert_bytes import expert_bytes
+from shared.model_spec import read_model_spec
 
-_WEIGHT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
-_BLOCK = 128
-"""Of the block-scaled FP8 that ranks on cards keep as it is."""
-_SCALE_BYTES = 4
 _GIB = 2**30
-
-
-def expert_bytes(spec: ModelSpec) -> int:
-    """Of one expert in a slot. FP8 in blocks of another size, and formats of other kinds, are
-    widened on load."""
-    hidden, inner = spec.hidden_size, spec.moe_intermediate_size
-    if _keeps_fp8(spec):
-        return 3 * (hidden * inner + _SCALE_BYTES * _blocks(hidden) * _blocks(inner))
-    dtype = str(spec.raw.get("dtype") or spec.raw.get("torch_dtype") or "bfloat16")
-    return 3 * hidden * inner * _WEIGHT_BYTES.get(dtype, 2)
 
 
 def check_cards(folder: Path, sizes: PlanSizes, card_bytes: int) -> None:
@@ -52,16 +38,3 @@ def _other_bytes(folder: Path, sizes: PlanSizes) -> int:
     """As the files have them."""
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return max(0, total - sizes.layers * sizes.experts * expert_bytes(read_model_spec(folder)))
-
-
-def _keeps_fp8(spec: ModelSpec) -> bool:
-    quantisation = spec.raw.get("quantization_config") or {}
-    return (
-        isinstance(quantisation, dict)
-        and quantisation.get("quant_method") == "fp8"
-        and quantisation.get("weight_block_size") == [_BLOCK, _BLOCK]
-    )
-
-
-def _blocks(size: int) -> int:
-    return -(-size // _BLOCK)
