@@ -25,6 +25,7 @@ from control_plane.control_driver import Driver
 from control_plane.detector_timings import DetectorTimings
 from control_plane.etcd_health_watch import EtcdHealthWatch
 from control_plane.membership import MembershipPolicy
+from control_plane.planned_change import DrainPolicy
 from control_plane.rebalancer import RebalancePolicy
 from control_plane.telemetry import Metrics, http_endpoint
 from shared.clock import SystemClock
@@ -115,6 +116,7 @@ async def serve(config: ControlPlaneConfig) -> None:
                 formation_window_s=config.formation_window_s,
                 heal_after_s=config.heal_after_s,
                 heal_budget_bytes=config.heal_budget_mb << 20,
+                drains=DrainPolicy(straggler_after_s=config.drain_stragglers_after_s),
                 rebalance=RebalancePolicy(
                     enabled=config.rebalance,
                     time_constant_s=config.load_time_constant_s,

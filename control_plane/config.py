@@ -66,6 +66,11 @@ class ControlPlaneConfig:
     )
     heal_after_s: float = option(5.0, "time without a change before experts are moved")
     heal_budget_mb: int = option(256, "weights that one step of healing may move")
+    drain_stragglers_after_s: float = option(
+        0.0,
+        "drain a rank for which the others have waited for so long, by half a step and 20 ms or "
+        "more in each; it stays out until `starfish undrain`. 0: never",
+    )
     rebalance: bool = option(
         True,
         "move experts when tokens prefer other ones than before; only where replicas share their "
@@ -167,6 +172,8 @@ class ControlPlaneConfig:
                 "--rebalance-threshold and --load-time-constant-s must be positive: every noise "
                 "would move experts"
             )
+        if self.drain_stragglers_after_s < 0:
+            raise ConfigError("--drain-stragglers-after-s must not be negative; 0: never")
         if self.load_interval_s < 0:
             raise ConfigError("--load-interval-s must not be negative")
         window_ms = self.timings.suspicion_window_ms or LEARNT_WINDOW_MIN_MS

@@ -106,9 +106,7 @@ class LeaderTerm:
             case ProbePong():
                 self._take(detector.on_pong(event.member, event.pong, now))
                 self.offers.on_pong(event.member, event.pong.epoch, now)
-                self.membership.on_adopted(event.member, event.pong.epoch)
-                self.membership.on_out_of_step(event.member, event.pong.out_of_step)
-                self.membership.on_load(event.member, event.pong.load)
+                self.membership.on_pong(event.member, event.pong, now)
                 self._on_left_out(event.pong.left_out, now)
             case ProbeCounts():
                 detail = self.membership.rebalancer.on_counts(event.member, event.counts, now)

@@ -71,7 +71,7 @@ from control_plane.writes import Assign, Decision, DeleteKeys, PlanHeal, Write
 from shared.expert_map import ExpertMap, Placement
 from shared.records import Verdict
 from shared.types import Epoch, Member
-from shared.wire import Load
+from shared.wire import Pong
 
 _NO_EPOCH = Epoch(0)
 _DELETED_KEYS_MAX = 64
@@ -145,19 +145,17 @@ class Membership:
         """A verdict that etcd holds, perhaps of an earlier leader."""
         self._dead.setdefault(verdict.member, verdict)
 
-    def on_adopted(self, member: Member, epoch: Epoch) -> None:
-        """A Pong says under which map a member runs."""
-        self._writes.on_running(epoch)
-        self._adoption.on_adopted(member, epoch)
+    def on_pong(self, member: Member, pong: Pong, now: float) -> None:
+        """It says under which map a member runs, and whether it has lost count of its peers'
+        graphs; how many sessions it has, and how long the others wait for it."""
+        self._writes.on_running(pong.epoch)
+        self._adoption.on_adopted(member, pong.epoch)
+        self._adoption.on_out_of_step(member, pong.out_of_step)
+        self._planned_change.on_pong(member, pong, now)
 
     def on_publishing(self, epoch: Epoch) -> None:
         """A map of this epoch may come to be in etcd: no other one gets it."""
         self._writes.on_publishing(epoch)
-
-    def on_out_of_step(self, member: Member, epoch: Epoch) -> None:
-        """A Pong says under which map a member has lost count of its peers' graphs; 0: it has
-        not."""
-        self._adoption.on_out_of_step(member, epoch)
 
     def on_standstill(self) -> None:
         """No step moves under the present map, though all members live."""
@@ -169,10 +167,6 @@ class Membership:
     @property
     def rebalance(self) -> RebalanceProgress:
         return self._healing.rebalance
-
-    def on_load(self, member: Member, load: Load) -> None:
-        """A Pong says how many sessions a member has."""
-        self._planned_change.on_load(member, load)
 
     def take_alarms(self) -> list[Alarm]:
         return self._capacity_alarms.take() + self.rebalancer.take_alarms()

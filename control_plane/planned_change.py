@@ -15,6 +15,7 @@ remembered: a new leader waits for that again.
     STAY                                              | stays until somebody undrains the rank
     a rank, or a node's agent, says that it leaves    | a drain with RESTART
     a rolling restart, the instance is whole          | a drain with RESTART of its next rank
+    a member has been a straggler for long            | a drain with STAY, if the policy says so
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from control_plane.capacity import Capacity
 from control_plane.cluster_state import ClusterState
 from control_plane.desired_changes import new_drain
 from control_plane.residency import is_to_leave
+from control_plane.straggler_watch import StragglerWatch
 from control_plane.writes import PublishDesired
 from shared.desired_state import AfterDrain, DesiredState, Drain
 from shared.types import Member, RankId
-from shared.wire import Load
+from shared.wire import Pong
 
 _IDLE_PONGS = 2
 
@@ -39,6 +41,8 @@ class DrainPolicy:
     settle_s: float = 1.0  # gateways have heard of a drain by then
     overdue_s: float = 30.0  # after the grace: sessions that nobody has moved
     leaving_grace_s: float = 10.0  # for ranks and nodes that were told to end
+    straggler_after_s: float = 0.0  # a member that slows the others for so long; 0: never
+    straggler_grace_s: float = 30.0
 
 
 @dataclass(slots=True)
@@ -53,12 +57,14 @@ class PlannedChange:
     def __init__(self, policy: DrainPolicy) -> None:
         self._policy = policy
         self._draining: dict[Member, _Draining] = {}
+        self._stragglers = StragglerWatch(policy.straggler_after_s)
 
-    def on_load(self, member: Member, load: Load) -> None:
-        """A Pong says how many sessions a member has."""
+    def on_pong(self, member: Member, pong: Pong, now: float) -> None:
+        """It says how many sessions a member has, and how long the others wait for it."""
+        self._stragglers.on_pong(member, pong, now)
         draining = self._draining.get(member)
         if draining is not None:
-            is_idle = load.running + load.waiting == 0
+            is_idle = pong.load.running + pong.load.waiting == 0
             draining.idle_pongs = draining.idle_pongs + 1 if is_idle else 0
 
     def leavers(
@@ -85,9 +91,10 @@ class PlannedChange:
         desired, done = _without_done(state)
         desired, leaving = self._with_leaving(replace(state, desired=desired), unix_now)
         desired, begun = _with_restart(replace(state, desired=desired), unix_now, is_whole=is_whole)
+        desired, slow = self._without_straggler(replace(state, desired=desired), unix_now)
         if desired == state.desired:
             return None
-        return PublishDesired(desired=desired, cause="; ".join((*done, *leaving, *begun)))
+        return PublishDesired(desired=desired, cause="; ".join((*done, *leaving, *begun, *slow)))
 
     def _with_leaving(
         self, state: ClusterState, unix_now: float
@@ -112,6 +119,30 @@ class PlannedChange:
             drain = new_drain(state, rank, unix_now, grace_s, AfterDrain.RESTART)
             desired = desired.with_drain(drain)
         return desired, tuple(f"rank {rank} was told to end" for rank in ranks)
+
+    def _without_straggler(
+        self, state: ClusterState, unix_now: float
+    ) -> tuple[DesiredState, tuple[str, ...]]:
+        """A drain of the member that holds the others up, if they can do without it. It stays out
+        until somebody undrains it: what is slow there is not known here. At most half of the ranks
+        are out at a time, and none is taken out while verdicts are paused."""
+        desired, expert_map, spec = state.desired, state.expert_map, state.spec
+        if expert_map is None or spec is None or desired.verdicts_paused:
+            return desired, ()
+        overdue = self._stragglers.overdue(expert_map.members)
+        if overdue is None:
+            return desired, ()
+        (member, late_ms), ranks = overdue, desired.rank_ids(spec.num_ranks)
+        if (
+            2 * (len(desired.drains) + 1) > len(ranks)
+            or desired.drain_of(member.rank) is not None
+            or Capacity(state).refuse_without((member.rank,))
+        ):
+            return desired, ()
+        grace_s = self._policy.straggler_grace_s
+        drain = new_drain(state, member.rank, unix_now, grace_s, AfterDrain.STAY)
+        why = f"rank {member.rank} is slow: others wait {late_ms:.0f} ms for it in each step"
+        return desired.with_drain(drain), (why,)
 
 
 def _without_done(state: ClusterState) -> tuple[DesiredState, tuple[str, ...]]:

@@ -12,6 +12,7 @@ from control_plane.desired_changes import Change, change_desired
 from control_plane.detector_timings import DetectorTimings
 from control_plane.leader_term import LeaderTerm
 from control_plane.membership import MembershipPolicy
+from control_plane.planned_change import DrainPolicy
 from control_plane.probe_events import ProbeConnected, ProbePong, ProbeRefused
 from control_plane.publisher import Publisher
 from control_plane.rebalancer import RebalancePolicy
@@ -68,6 +69,7 @@ POLICY = MembershipPolicy(
     joiner_timeout_s=3.0,
     heal_budget_bytes=3,
     adoption_timeout_s=3.0,
+    drains=DrainPolicy(straggler_after_s=4.0),
     rebalance=RebalancePolicy(time_constant_s=20.0, stuck_s=15.0),
 )
 LOAD = Load(running=0, waiting=0, tokens=0, kv_blocks_free=1, kv_blocks=1)
@@ -104,6 +106,8 @@ class Rank:
         self.out_of_step = Epoch(0)
         self.registered = False
         self.sessions = 0
+        self.step = Step(0)
+        self.step_ms = self.waited_ms = 0.0  # 0: it takes no steps
         self.lease_id = harness.etcd.grant(TTL_S)
         self.record = RankRecord(
             rank=member.rank,
@@ -181,6 +185,7 @@ class ControlPlaneHarness:
         self.writes: list[Write] = []
         self.plans: list[PlanHeal] = []
         self.removed_members: set[Member] = set()
+        self.stops_stepping = False
         self._publisher = Publisher(self.etcd.client(), self.keys, self.clock)
         self.etcd.apply([Put(key=self.keys.spec, value=pack_record(self.spec))])
         self.begin_term()
@@ -239,6 +244,8 @@ class ControlPlaneHarness:
         self._deliver()
         for rank in self.ranks.values():
             if rank.answering and rank.registered:
+                if rank.step_ms and not self.stops_stepping:
+                    rank.step = Step(rank.step + 1)
                 pong = self._pong(rank)
                 self.leader_term.on_probe(ProbePong(member=rank.member, pong=pong), now)
         self.leader_term.on_tick(self.cluster.state, now)
@@ -454,9 +461,11 @@ class ControlPlaneHarness:
             rank=rank.member.rank,
             incarnation=rank.member.incarnation,
             epoch=self._adopted_by(rank),
-            step=Step(0),
+            step=rank.step,
             engine_age_ms=0.0,
             waiting_for=(),
-            load=replace(LOAD, running=rank.sessions),
+            load=replace(
+                LOAD, running=rank.sessions, step_ms=rank.step_ms, waited_ms=rank.waited_ms
+            ),
             out_of_step=rank.out_of_step,
         )

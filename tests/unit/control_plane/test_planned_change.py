@@ -329,3 +329,73 @@ def test_below_capacity_an_instance_can_be_made_larger() -> None:
     assert [m.rank for m in found.members] == [2, 3, 4]
     assert found.on_demand.size == 0
     assert found.uncovered() == []
+
+
+def step_with(harness: ControlPlaneHarness, *slow: int) -> None:
+    """The others wait 80 of the 100 ms of a step for these ranks."""
+    for rank in harness.ranks.values():
+        rank.step_ms, rank.waited_ms = 100.0, 0.0 if rank.member.rank in slow else 80.0
+
+
+def test_a_rank_that_holds_the_others_up_for_long_is_drained_and_stays_out() -> None:
+    harness = serving()
+    step_with(harness, 2)
+    harness.settle(3.0)
+    assert desired(harness).drains == (), "not yet"
+    harness.settle(4.0)
+    [drain] = desired(harness).drains
+    assert (drain.rank, drain.after) == (2, AfterDrain.STAY)
+    assert members(harness) == [0, 1, 3]
+    harness.rejoin(2)
+    step_with(harness)
+    harness.settle()
+    assert members(harness) == [0, 1, 3]
+    harness.ask(Undrain(ranks=ids(2)))
+    harness.settle()
+    assert members(harness) == [0, 1, 2, 3], "nobody is slow any more"
+
+
+def test_a_rank_that_was_slow_for_a_moment_now_and_then_stays() -> None:
+    harness = serving()
+    for _ in range(5):
+        step_with(harness, 2)
+        harness.settle(2.0)
+        step_with(harness)
+        harness.settle(2.4)
+    assert desired(harness).drains == ()
+
+
+def test_an_average_that_no_step_renews_says_nothing() -> None:
+    harness = serving()
+    step_with(harness, 2)
+    harness.settle(1.0)
+    harness.stops_stepping = True
+    harness.settle(10.0)
+    assert desired(harness).drains == ()
+
+
+def test_half_of_the_ranks_stay_however_slow_they_are() -> None:
+    harness = serving(ranks=8)
+    for slow in ((0,), (0, 1), (0, 1, 2), (3,), (4,), (5,)):
+        step_with(harness, *slow)
+        harness.settle(12.0)
+    assert len(desired(harness).drains) == 4
+    assert len(members(harness)) == 4
+
+
+def test_whom_the_others_cannot_replace_stays_though_slow() -> None:
+    harness = serving(ranks=3, slots=2, redundant=0)
+    step_with(harness, 2)
+    harness.settle(12.0)
+    assert (desired(harness).drains, members(harness)) == ((), [0, 1, 2])
+
+
+def test_while_verdicts_are_paused_nobody_is_taken_out_for_being_slow() -> None:
+    harness = serving()
+    harness.ask(PauseVerdicts())
+    step_with(harness, 2)
+    harness.settle(12.0)
+    assert desired(harness).drains == ()
+    harness.ask(ResumeVerdicts())
+    harness.settle(2.0)
+    assert [drain.rank for drain in desired(harness).drains] == [2]
