@@ -28,13 +28,11 @@ from safetensors.torch import load_file, save_file
 
 from cli.bench.stream_client import random_prompts, run_all, stream_client
 from cli.bench.temporary_instance import temporary_instance
-from cli.observe.instance_view import InstanceView
+from cli.observe.read_view import read_view
 from cli.run_dir import Target
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.clock import SystemClock
 from shared.errors import Unavailable
-from shared.etcd_store import connect_store
-from shared.keys import Keys
 from shared.rank_query import query_expert_counts
 
 EXPERTS, TOP_K, LAYERS, HIDDEN, INNER = 64, 4, 4, 192, 384
@@ -118,20 +116,12 @@ class MeasuredInstance:
         )
 
     async def cause(self) -> str:
-        expert_map = (await self._view()).expert_map
+        expert_map = (await read_view(self._target)).expert_map
         return "" if expert_map is None else expert_map.cause
-
-    async def _view(self) -> InstanceView:
-        store = await connect_store(self._target.store)
-        try:
-            keys = Keys(self._target.instance)
-            return InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
-        finally:
-            await store.close()
 
     async def _computed(self) -> NDArray[np.int64]:
         """`[R, L]`."""
-        records = (await self._view()).ranks
+        records = (await read_view(self._target)).ranks
         counts = await query_expert_counts(records, self._target.access())
         found = [counts[record.rank] for record in sorted(records, key=lambda r: r.rank)]
         if any(each is None for each in found):
@@ -140,7 +130,10 @@ class MeasuredInstance:
         return np.stack(rows).astype(np.int64)
 
     async def _cpu_s(self) -> list[float]:
-        pids = [record.pid for record in sorted((await self._view()).ranks, key=lambda r: r.rank)]
+        pids = [
+            record.pid
+            for record in sorted((await read_view(self._target)).ranks, key=lambda r: r.rank)
+        ]
         return [cpu_s(pid) for pid in pids]
 
 

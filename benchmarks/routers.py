@@ -34,7 +34,7 @@ from benchmarks.router_load import FaultEffect, closed_loop, watch_fault
 from cli.bench.stats import percentile
 from cli.bench.stream_client import StreamClient, random_prompts, run_all, stream_client
 from cli.bench.temporary_instance import temporary_instance
-from cli.observe.instance_view import InstanceView
+from cli.observe.read_view import read_view
 from shared.clock import SystemClock
 from shared.codec import pack
 from shared.embedded_etcd import embedded_etcd
@@ -272,12 +272,7 @@ async def starfish_fault(
 ) -> tuple[str, FaultEffect]:
     environment = {"STARFISH_GATEWAY_ROUTING": policy}
     async with temporary_instance(["--ranks", "3"], environment=environment) as target:
-        keys = Keys(target.instance)
-        store = await connect_store(target.store)
-        try:
-            view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
-        finally:
-            await store.close()
+        view = await read_view(target)
         record = view.record_of(0)
         assert record is not None, "it is ready"
         assert target.url is not None, "it was started with a gateway"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cli.observe.instance_view import InstanceView
+from cli.observe.read_view import read_view
 from cli.run_dir import Target
-from shared.etcd_store import connect_store
-from shared.keys import Keys
 from shared.rank_query import query_ranks
 
 
@@ -25,12 +23,7 @@ class Drafts(NamedTuple):
 
 async def read_drafts(target: Target) -> Drafts:
     """Raises StoreError, ConfigError."""
-    keys = Keys(target.instance)
-    store = await connect_store(target.store)
-    try:
-        view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
-    finally:
-        await store.close()
+    view = await read_view(target)
     replies = await query_ranks(view.ranks, target.access())
     found = [reply for reply in replies.values() if reply is not None]
     return Drafts(sum(r.tokens_drafted for r in found), sum(r.drafts_accepted for r in found))

@@ -3,12 +3,10 @@ host."""
 
 from __future__ import annotations
 
-from cli.observe.instance_view import InstanceView
+from cli.observe.read_view import read_view
 from cli.observe.signals import SIGNALS
 from cli.run_dir import Target
 from shared.errors import ConfigError
-from shared.etcd_store import connect_store
-from shared.keys import Keys
 from shared.rank_signal import send_to_rank
 
 
@@ -17,12 +15,7 @@ async def kill_rank(target: Target, rank: int, signal_name: str) -> int:
     number = SIGNALS.get(signal_name.upper().removeprefix("SIG"))
     if number is None:
         raise ConfigError(f"--signal {signal_name!r}: pass one of {', '.join(SIGNALS)}")
-    keys = Keys(target.instance)
-    store = await connect_store(target.store)
-    try:
-        view = InstanceView.of(keys, (await store.get_prefix(keys.root)).values)
-    finally:
-        await store.close()
+    view = await read_view(target)
     record = view.record_of(rank)
     if record is None:
         raise ConfigError(
