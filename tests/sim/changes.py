@@ -30,6 +30,7 @@ from tests.sim.sim_loop import SimProcess
 ANSWER_S = 3.0
 LOOK_S = 0.01
 RETRY_S = 0.3
+PATIENCE_S = 60.0
 LEAVE_GRACE_S = 60.0
 
 
@@ -73,10 +74,13 @@ class Changes:
             await self.ask(Undrain(ranks=drained))
 
     async def ask(self, change: Change) -> None:
-        """Again and again until somebody has answered: the request id makes that harmless."""
+        """Again and again until somebody has answered: the request id makes that harmless. Raises
+        TimeoutError if nobody does for PATIENCE_S, or what `SimCluster.check` raises."""
         self._num_asked += 1
         request_id = f"request-{self._num_asked}"
-        while True:
+        deadline = self._cluster.clock.now() + PATIENCE_S
+        while self._cluster.clock.now() < deadline:
+            self._cluster.check()
             for process, driver in list(self._cluster.drivers.items()):
                 if process.dead or not driver.leads:
                     continue
@@ -85,6 +89,7 @@ class Changes:
                     self._log(f"{change} -> {answer.text if isinstance(answer, Refusal) else 'ok'}")
                     return
             await asyncio.sleep(RETRY_S)
+        raise TimeoutError(f"nobody answered {change}: {self._cluster.describe()}")
 
     async def _answer(
         self, process: SimProcess, driver: Driver, change: Change, request_id: str

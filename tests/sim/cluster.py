@@ -136,6 +136,7 @@ class SimCluster:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         random.seed(self.seed)
+        self.loop.set_exception_handler(self._on_callback_error)
         self.clock = SimClock(self.loop)
         self.network = SimNetwork(self.loop, random.Random(self.seed + 1))
         self.loop.network = self.network
@@ -445,14 +446,13 @@ class SimCluster:
             return None
         from tests.sim.sim_card_rank import SimCards  # imports torch
 
-        self.loop.set_exception_handler(self._on_callback_error)
         return SimCards(self.loop, self.sizes.cards, self.sizes.num_hosts, self.seed)
 
     def _card_options(self) -> dict[str, Any]:
         return {} if self.cards is None else self.cards.options()
 
     def _on_callback_error(self, _: object, context: dict[str, Any]) -> None:
-        """What a device raised: nobody awaits it."""
+        """What a device or a link raised: nobody awaits it."""
         if "Exception in callback" in context["message"]:
             self.crashes.append(context["exception"])
 
@@ -503,15 +503,21 @@ class SimCluster:
         found = self.etcd.values.get(self.keys.map)
         return found.mod_revision if found else 0
 
+    def check(self) -> None:
+        """Raises what a service raised that should not have, or AssertionError if an invariant has
+        fallen: nothing that comes later can mend that."""
+        if self.crashes:
+            raise self.crashes[0]
+        assert not self.violations, self.violations[0]
+
     async def until(self, condition: Any, timeout_s: float) -> None:
         deadline = self.clock.now() + timeout_s
         while not condition():
-            if self.crashes:
-                raise self.crashes[0]
-            assert not self.violations, self.violations[0]
+            self.check()
             if self.clock.now() > deadline:
                 raise TimeoutError(f"{condition.__name__} does not come true: {self.describe()}")
             await asyncio.sleep(0.02)
+        self.check()
 
     def describe(self) -> str:
         sessions = [

@@ -4,6 +4,7 @@ progress and the command that replays each one that failed."""
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import multiprocessing
 import os
@@ -59,7 +60,7 @@ def outcome_of(seed: int, run: Callable[[int], Outcome] = run_schedule) -> Outco
     be_quiet()
     try:
         return run(seed)
-    except BaseException as error:  # noqa: BLE001 - it crosses a process boundary as text
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it becomes text
         notes = "; ".join(getattr(error, "__notes__", []))
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]

@@ -1,6 +1,6 @@
 """Copies of KV blocks in the simulated cluster: the real writer, ledger and scheduler over regions
 whose writes come in two halves, late, and are lost with their sender or behind a cut. Whoever
-writes to a slot that is known by a name spoils it, and a token that a client sees."""
+writes to a slot that is known by a name breaks an invariant: a client would see other tokens."""
 
 from __future__ import annotations
 
@@ -201,6 +201,8 @@ class SimChannel:
         return dropped
 
     def _write_half(self, staging_buffer: Bytes, slot: int, name: bytes) -> None:
+        known = [each.hex() for each, place in self._region.known.items() if place == slot]
+        assert not known, f"{self._source} overwrites {known} while {self.target} knows of it"
         content = self._region.slots.setdefault(slot, np.zeros_like(staging_buffer))
         half = len(staging_buffer) // 2
         content[:half] = staging_buffer[:half]

@@ -14,6 +14,7 @@ from control_plane.residency import Residency
 from gpu_worker.membership.membership_driver import MembershipDriver
 from tests.sim.change_schedules import run_change_schedule
 from tests.sim.many_schedules import ManyOutcomes, outcome_of
+from tests.sim.planted import is_noticed
 from tests.sim.schedules import CARD_FIRST_SEED
 
 NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "240")) // 6
@@ -53,22 +54,18 @@ def test_a_schedule_on_cards_that_once_failed_passes(seed: int) -> None:
     run_change_schedule(CARD_FIRST_SEED + seed)
 
 
-def some_schedule_fails(num_seeds: int = 30) -> bool:
-    return any(isinstance(outcome_of(seed, run_change_schedule), str) for seed in range(num_seeds))
-
-
 def test_a_leaver_whose_experts_nobody_else_holds_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Invariant 3. It leaves as soon as it serves nobody."""
     monkeypatch.setattr(Residency, "covers", lambda self, rows: bool(rows))
-    assert some_schedule_fails()
+    assert is_noticed(10, run=run_change_schedule)
 
 
 def test_a_drained_rank_that_joins_again_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process has gone on in place, and looks like any newcomer."""
     monkeypatch.setattr(Residency, "is_to_leave", lambda self, member: False)
-    assert some_schedule_fails()
+    assert is_noticed(14, run=run_change_schedule)
 
 
 def test_a_change_that_ends_with_its_leader_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,11 +79,11 @@ def test_a_change_that_ends_with_its_leader_is_noticed(monkeypatch: pytest.Monke
         return decide(self, state, now, **more)
 
     monkeypatch.setattr(Membership, "decide", forget)
-    assert some_schedule_fails()
+    assert is_noticed(11, 5, run=run_change_schedule)
 
 
 def test_a_rank_that_is_told_to_end_and_waits_for_no_drain_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(MembershipDriver, "ask_to_leave", lambda self: False)
-    assert some_schedule_fails()
+    assert is_noticed(13, 1, run=run_change_schedule)

@@ -19,6 +19,7 @@ from gpu_worker.kv_replication.replica_ledger import ReplicaLedger
 from gpu_worker.membership.rank_membership import RankMembership
 from node_agent.rank_supervisor import RankSupervisor
 from tests.sim.many_schedules import ManyOutcomes, outcome_of
+from tests.sim.planted import is_noticed
 from tests.sim.schedules import (
     CARD_FIRST_SEED,
     run_control_plane_outage,
@@ -116,14 +117,8 @@ def test_sessions_finish_while_etcd_and_the_control_planes_are_away(seed: int) -
     run_control_plane_outage(seed)
 
 
-def any_card_schedule_fails(*seeds: int) -> bool:
-    """Those that noticed a bug when this was written: which one does changes with the messages."""
-    return any(isinstance(outcome_of(CARD_FIRST_SEED + seed), str) for seed in seeds)
-
-
-def any_schedule_fails(num_seeds: int = 60) -> bool:
-    """Whether one of the first schedules notices."""
-    return any(isinstance(outcome_of(seed), str) for seed in range(num_seeds))
+def is_noticed_on_cards(*likely: int) -> bool:
+    return is_noticed(*likely, run=lambda seed: run_schedule(CARD_FIRST_SEED + seed))
 
 
 def test_a_step_that_goes_on_without_its_peers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +136,7 @@ def test_a_step_that_goes_on_without_its_peers_is_noticed(monkeypatch: pytest.Mo
         return message
 
     monkeypatch.setattr(local.LocalHub, "take", take_or_skip_dead)
-    assert any_schedule_fails()
+    assert is_noticed(3, 2)
 
 
 def test_a_continuation_that_forgets_what_was_emitted_is_noticed(
@@ -157,7 +152,7 @@ def test_a_continuation_that_forgets_what_was_emitted_is_noticed(
             self.num_given -= 1
 
     monkeypatch.setattr(sequence.Sequence, "__init__", forget)
-    assert any_schedule_fails()
+    assert is_noticed(5, 2)
 
 
 def test_wrong_drafts_that_count_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +160,7 @@ def test_wrong_drafts_that_count_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         "gpu_worker.engine.scheduler.counted_rows", lambda plan, ids: [True] * len(ids)
     )
-    assert isinstance(outcome_of(7), str)
+    assert is_noticed(7)
 
 
 def test_a_kv_replica_overwritten_while_known_is_noticed(
@@ -179,13 +174,13 @@ def test_a_kv_replica_overwritten_while_known_is_noticed(
 
     pick_drops = ReplicaLedger.pick_drops
     monkeypatch.setattr(ReplicaLedger, "pick_drops", take_unasked)
-    assert any_schedule_fails(200)
+    assert is_noticed(5, 11)
 
 
 def test_a_wait_that_no_epoch_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 9. Survivors that wait for the dead for ever."""
     monkeypatch.setattr(WaitPolicy, "check_epoch", lambda self: None)
-    assert any_schedule_fails(20)
+    assert is_noticed(3, 2)
 
 
 def test_a_graph_that_lacks_a_member_and_counts_is_noticed(
@@ -193,7 +188,7 @@ def test_a_graph_that_lacks_a_member_and_counts_is_noticed(
 ) -> None:
     """Invariant 2, on cards. Nobody looks at the mask that a graph has left."""
     monkeypatch.setattr("gpu_worker.cuda.ep.rank_mask.RankMask.check_step", lambda *_: None)
-    assert isinstance(outcome_of(CARD_FIRST_SEED + 21), str)
+    assert is_noticed_on_cards(21)
 
 
 def test_survivors_that_refuse_a_successor_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +200,7 @@ def test_survivors_that_refuse_a_successor_are_noticed(monkeypatch: pytest.Monke
         return not self.epoch or rank not in self._mapped
 
     monkeypatch.setattr("gpu_worker.cuda.ep.members.EpMembers.may_map", may_map)
-    assert isinstance(outcome_of(CARD_FIRST_SEED + 66), str)
+    assert is_noticed_on_cards(66)
 
 
 def test_a_graph_that_ends_unseen_without_a_member_is_noticed(
@@ -214,7 +209,7 @@ def test_a_graph_that_ends_unseen_without_a_member_is_noticed(
     """Invariant 2, on cards. Nobody looks at the mask of a graph whose step was abandoned."""
     done = GraphBarrier.on_graph_done
     monkeypatch.setattr(GraphBarrier, "on_graph_done", lambda self, lost=(): done(self))
-    assert any_card_schedule_fails(70, 5)
+    assert is_noticed_on_cards(70, 5)
 
 
 def test_a_resync_that_wipes_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,13 +222,13 @@ def test_a_resync_that_wipes_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(CudaRunner, "adopt", adopt_as_if_new)
     monkeypatch.setattr(GraphBarrier, "may_flush", lambda self, *, stopped: False)
-    assert any_card_schedule_fails(14, 9, 29)
+    assert is_noticed_on_cards(14, 9, 29)
 
 
 def test_steps_that_skip_experts_and_count_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 1, on cards. Whoever dies, also one that no running step waits for."""
     monkeypatch.setattr("gpu_worker.cuda.ep.members.EpMembers.delivers_no_more", lambda self: True)
-    assert any_card_schedule_fails(21, 19, 5)
+    assert is_noticed_on_cards(21, 19, 5)
 
 
 def test_a_table_of_slots_that_a_verdict_clears_is_noticed(
@@ -255,7 +250,7 @@ def test_a_table_of_slots_that_a_verdict_clears_is_noticed(
             return adopt(self, expert_map)
 
     monkeypatch.setattr(CudaRunner, "adopt", write_first)
-    assert any_card_schedule_fails(21, 19, 5)
+    assert is_noticed_on_cards(21, 19, 5)
 
 
 def test_a_fenced_rank_that_stays_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +259,7 @@ def test_a_fenced_rank_that_stays_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(RankSupervisor, "on_declared_dead", lambda self, member, now: [])
     monkeypatch.setattr(RankMembership, "on_map", _ignore_exclusion(RankMembership.on_map))
     monkeypatch.setattr(RankMembership, "on_verdict", lambda *_, is_drained: [])
-    assert any_schedule_fails()
+    assert is_noticed(21, 14)
 
 
 def _ignore_exclusion(on_map):  # type: ignore[no-untyped-def]

@@ -52,7 +52,6 @@ def map_region(handle: MemoryHandle, pipe: Connection) -> None:
 
 
 def num_mapped() -> int:
-    gc.collect()
     return Path("/proc/self/maps").read_text().count("/memfd:starfish-")
 
 
@@ -137,6 +136,7 @@ def test_without_memory_to_share_a_region_is_for_mooncake_alone() -> None:
 def test_twenty_killed_sources_leave_nothing_behind() -> None:
     engine, quarantine = ScriptedEngine(), Quarantine()
     regions = Regions(engine, LAYOUT, quarantine, shares_memory=True)
+    gc.collect()
     mapped, descriptors = num_mapped(), num_descriptors()
     for incarnation in range(1, 21):
         source = Member(rank=RankId(1), incarnation=Incarnation(incarnation))
@@ -147,6 +147,7 @@ def test_twenty_killed_sources_leave_nothing_behind() -> None:
             pipe.close()
         regions.retire(source, 0.0)
     assert not engine.registered
+    gc.collect()
     assert (num_mapped(), num_descriptors()) == (mapped, descriptors)
 
 
@@ -157,6 +158,7 @@ def test_twenty_killed_owners_leave_nothing_behind() -> None:
         signal.pause()
         shared.close()
 
+    gc.collect()
     mapped, descriptors = num_mapped(), num_descriptors()
     for _ in range(20):
         with process(share) as pipe:
@@ -165,4 +167,5 @@ def test_twenty_killed_owners_leave_nothing_behind() -> None:
         assert num_mapped() == mapped + 1
         memory[:] = 1  # it is still there
         del memory
+    gc.collect()
     assert (num_mapped(), num_descriptors()) == (mapped, descriptors)

@@ -249,7 +249,7 @@ def test_the_store_takes_no_more_memory_than_its_bound_says() -> None:
     tools = ("[" + ",".join([nested] * 30) + "]").encode()
     tracemalloc.start()
     try:
-        for number in range(100):
+        for number in range(50):
             parameters = msgspec.json.decode(tools)
             response = {"id": f"resp_{number}", "tools": [{"parameters": parameters}]}
             store.put(StoredResponse.of(response, [], owner="a"))
