@@ -8,7 +8,6 @@ import contextlib
 import json
 import shutil
 import signal
-import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from shared.etcd_data import is_damaged, set_aside
 from shared.etcd_options import EtcdOptions
 from shared.etcd_permissions import ROOT, EtcdService, accounts, user_of
 from shared.etcd_store import EtcdStore
+from shared.free_ports import free_ports
 from shared.keys import Keys
 from shared.logs import open_log
 
@@ -326,11 +326,3 @@ async def embedded_etcd(
         yield etcd
     finally:
         await etcd.stop()
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in sockets:
-            listener.bind((_HOST, 0))
-        return [int(listener.getsockname()[1]) for listener in sockets]

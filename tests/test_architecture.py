@@ -266,7 +266,7 @@ def test_a_process_without_a_model_loads_no_torch(module: str) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     assert result.returncode == 0, result.stderr

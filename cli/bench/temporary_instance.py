@@ -8,7 +8,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from cli.bench.temporary_options import TemporaryInstanceOptions
 from cli.run_dir import Target, read_state
 from cli.up.stages import Stage
 from shared.errors import Unavailable
+from shared.free_ports import free_ports
 
 _START_SLACK_S = 10.0  # the instance gives up first, and says why
 _STOP_TIMEOUT_S = 40.0
@@ -47,7 +47,7 @@ async def temporary_instance(
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "cli", "up", "--no-demo", "--run-dir", str(run_dir)),
-                *("--instance", f"bench-{os.getpid()}", "--port", str(_free_port())),
+                *("--instance", f"bench-{os.getpid()}", "--port", str(free_ports(1)[0])),
                 *("--timeout-s", str(start_timeout_s), *flags),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -128,9 +128,3 @@ async def _wait_until_started(
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1].strip().removeprefix("starfish: ") if lines else ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

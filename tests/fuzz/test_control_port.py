@@ -27,7 +27,7 @@ CALLERS = (
     Caller(role=Role.CLI, name="cli"),
 )
 WATCHER = Caller(role=Role.CLI, name="watcher")
-SERVED_WITHIN_S = 5.0
+SERVED_WITHIN_S = 20.0
 
 
 def with_length(body: bytes, mutator: Mutator) -> bytes:

@@ -78,9 +78,8 @@ async def started(process: Process, run_dir: Path) -> None:
             await asyncio.sleep(0.1)
 
 
-def processes_of(run_dir: Path) -> list[str]:
-    """Command lines of all that belongs to the instance, by its unique name or folder."""
-    found = []
+def command_lines() -> Iterator[str]:
+    """Of all processes, each after its pid."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -88,14 +87,17 @@ def processes_of(run_dir: Path) -> list[str]:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        if run_dir.name in command and "-m pytest" not in command:
-            found.append(f"{entry.name} {command}")
-    return found
+        yield f"{entry.name} {command}"
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Command lines of all that belongs to the instance, by its unique name or folder."""
+    return [line for line in command_lines() if run_dir.name in line and "-m pytest" not in line]
 
 
 async def gone(run_dir: Path) -> None:
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while processes_of(run_dir):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
     except TimeoutError:
@@ -197,10 +199,16 @@ async def test_an_up_that_is_killed_while_etcd_starts_takes_etcd_with_it(
     run_dir: Path, model: Path
 ) -> None:
     process = await up(run_dir, free_port(), "--model", str(model))
+
+    def is_watched() -> bool:
+        """Whether there is the process that will end etcd."""
+        etcd = [line.split()[0] for line in processes_of(run_dir) if "--data-dir" in line]
+        watchdogs = [line.split() for line in command_lines() if "cleanup_watchdog" in line]
+        return bool(etcd) and any(words[-1] == etcd[0] for words in watchdogs)
+
     async with asyncio.timeout(WAIT_S):
-        while not any("--data-dir" in c for c in processes_of(run_dir)):  # noqa: ASYNC110
+        while not is_watched():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    await asyncio.sleep(0.05)  # the process that will end etcd needs a moment to begin
     process.kill()
     await process.wait()
     await gone(run_dir)
@@ -420,7 +428,7 @@ async def test_a_killed_leader_is_succeeded_before_its_lease_would_expire(
     (victim,) = [line for line in processes_of(run_dir) if "gpu_worker --rank 1 " in line]
     os.kill(first.pid, signal.SIGKILL)
     os.kill(int(victim.split()[0]), signal.SIGKILL)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(50):
         while await leader_of(store, keys) in (None, first):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         while not (await store.get_prefix(keys.verdicts)).values:  # noqa: ASYNC110

@@ -34,8 +34,10 @@ from shared.types import Epoch, Member, Step, SuspicionReason
 from tests.support.etcd import flags_of
 from tests.support.fake_rank import FakeRank
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 NUM_RANKS = 4
+
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
@@ -66,6 +68,13 @@ class ControlPlane:
     async def output(self) -> str:
         assert self.process.stderr is not None
         return (await self.process.stderr.read()).decode()
+
+    async def says(self, words: bytes) -> None:
+        """Until a line of the log has them."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(WAIT_S):
+            while words not in (line := await self.process.stderr.readline()):
+                assert line, "it has ended"
 
 
 @asynccontextmanager
@@ -300,11 +309,12 @@ async def test_a_death_while_etcd_is_away_is_published_when_it_is_back(
     async with embedded_etcd(tmp_path / "etcd") as server:
         await server.admit(keys)
         store = await connect_store(server.root)
-        async with control_plane(server, keys, model), ranks(store, keys) as alive:
+        async with control_plane(server, keys, model) as process, ranks(store, keys) as alive:
             members = [rank.member for rank in alive]
             await map_with(store, keys, *members)
             await server.kill()
             await alive[1].kill_without_agent()
+            await process.says(b"map_offered")
             await asyncio.sleep(3.0)  # longer than the leader's lease
             await server.start()
             after = await map_with(store, keys, members[0], members[2], members[3])

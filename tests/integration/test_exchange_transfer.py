@@ -333,7 +333,7 @@ def test_no_socket_is_kept_for_a_dead_peer(start: Callable[..., list[Rank]]) -> 
 
 
 def wait_for_half_open(rank: Rank, count: int) -> None:
-    until = time.monotonic() + 10.0
+    until = time.monotonic() + WAIT_S
     while True:
         rank.tell("half_open")
         found = rank.expect("half_open")

@@ -465,9 +465,14 @@ async def test_a_mute_rank_gets_no_new_sessions(harness: GatewayHarness) -> None
     hung.mute = False
 
 
-async def test_draining_lets_streams_end_and_takes_no_new_ones(harness: GatewayHarness) -> None:
-    for rank in harness.ranks:
-        rank.hold_at = 3
+async def test_draining_lets_streams_end_and_takes_no_new_ones(model: Path) -> None:
+    async with running_gateway(model, drain_s=60.0) as harness:
+        for rank in harness.ranks:
+            rank.hold_at = 3
+        await drain_in_mid_stream(harness)
+
+
+async def drain_in_mid_stream(harness: GatewayHarness) -> None:
     async with harness.http.post(
         harness.url + "/v1/completions", json=completion(stream=True)
     ) as response:

@@ -19,7 +19,7 @@ from shared.types import Incarnation, Member, RankId
 from tests.support.kv_replication_child import HOST, NUM_SLOTS, content_of, main
 
 WAIT_S = 60.0
-SECONDS_S = 10.0  # Mooncake's own patience is 1 s, that with a Pong 5 s
+SECONDS_S = 20.0  # Mooncake's own patience is 1 s, that with a Pong 5 s
 POLL_S = 0.02
 
 

@@ -29,8 +29,10 @@ from tests.support.etcd import flags_of
 
 TOY_AGENT = Path(__file__).parents[1] / "support" / "toy_agent.py"
 ROOT = Path(__file__).parents[2]
-WAIT_S = 30.0
+WAIT_S = 60.0
 Agent = asyncio.subprocess.Process
+
+pytestmark = pytest.mark.timeout(300)
 
 
 class Node:
@@ -90,6 +92,15 @@ class Node:
         """Of each started rank."""
         return [entry["forked"] for entry in self.logged("rank_started")]
 
+    async def until_started(self, number: int) -> list[bool]:
+        """Until so many ranks have been started, in the log as well; whether each was forked."""
+
+        async def holds() -> bool:
+            return len(self.forked()) >= number
+
+        await until(holds)
+        return self.forked()
+
     def alive(self) -> set[int]:
         return {pid for pid in self.pids if is_running(pid)}
 
@@ -106,12 +117,13 @@ def stat_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def zombies_of(parent: int) -> list[int]:
+def children_of(parent: int) -> list[int]:
+    """Also those that have ended."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            state, parent_of_entry, *_ = stat_of(int(entry.name))
-            if (state, parent_of_entry) == ("Z", str(parent)):
+            _, parent_of_entry, *_ = stat_of(int(entry.name))
+            if parent_of_entry == str(parent):
                 found.append(int(entry.name))
     return found
 
@@ -239,7 +251,7 @@ async def test_a_killed_fork_server_is_replaced_and_takes_no_rank_with_it(node: 
     os.kill(before[1].pid, signal.SIGKILL)
     after = await node.until(lambda records: len(records) == 2 and records[1] != before[1])
     assert after[0] == before[0]
-    assert node.forked() == [True, True, True]
+    assert await node.until_started(3) == [True, True, True]
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
     assert node.alive() == set()
@@ -251,7 +263,7 @@ async def test_without_a_fork_server_that_works_ranks_are_executed(
 ) -> None:
     agent = await node.start("--ranks", "0-1", fork_server=fork_server)
     await node.until(lambda records: len(records) == 2)
-    assert node.forked() == [False, False]
+    assert await node.until_started(2) == [False, False]
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
 
@@ -259,7 +271,7 @@ async def test_without_a_fork_server_that_works_ranks_are_executed(
 async def test_a_rank_outlives_a_wait_for_its_fork_server_that_is_longer_than_its_lease(
     node: Node,
 ) -> None:
-    agent = await node.start("--ranks", "0-1", "--lease-ttl-s", "1", fork_server="slow")
+    agent = await node.start("--ranks", "0-1", "--lease-ttl-s", "3", fork_server="slow")
     records = await node.until(lambda records: len(records) == 2)
     assert {record.incarnation for record in records.values()} == {1}
     assert node.logged("rank_exited") == []
@@ -272,11 +284,7 @@ async def test_a_fork_that_crashed_before_it_registered_is_followed_by_an_execut
 ) -> None:
     agent = await node.start("--ranks", "0", toy="exit-70")
 
-    async def has_started_thrice() -> bool:
-        return len(node.forked()) >= 3
-
-    await until(has_started_thrice)
-    assert node.forked()[:3] == [True, False, True]
+    assert (await node.until_started(3))[:3] == [True, False, True]
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
 
@@ -284,10 +292,11 @@ async def test_a_fork_that_crashed_before_it_registered_is_followed_by_an_execut
 async def test_children_that_a_killed_rank_leaves_behind_are_reaped(node: Node) -> None:
     agent = await node.start("--ranks", "0", toy="parent")
     before = await node.until(lambda records: len(records) == 1)
+    (orphan,) = children_of(before[0].pid)
     os.kill(before[0].pid, signal.SIGKILL)
     await node.until(lambda records: len(records) == 1 and records[0] != before[0])
-    await asyncio.sleep(1.0)  # longer than the orphan lives
-    assert zombies_of(agent.pid) == []
+    # One that has ended and that nobody has waited for would stay.
+    await until(lambda: asyncio.to_thread(lambda: not Path(f"/proc/{orphan}").exists()))
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
 
@@ -320,6 +329,11 @@ async def test_a_killed_rank_is_reported_and_restarted(
     after = await node.until(lambda records: len(records) == 2 and records[1] != before[1])
     assert after[1].incarnation == 2
     assert after[0] == before[0]
+
+    async def is_told() -> bool:
+        return bool((await node.store.get_prefix(node.keys.suspicions)).values)
+
+    await until(is_told)
     (kv,) = (await node.store.get_prefix(node.keys.suspicions)).values
     said = unpack_record(kv.value, Suspicion)
     assert (said.rank, said.incarnation, said.reason) == (1, 1, SuspicionReason.EXIT)

@@ -70,7 +70,9 @@ async def test_ctrl_c_leaves_nothing_behind() -> None:
     process.send_signal(signal.SIGINT)
     await end_of(process)
     assert process.returncode == 130
-    assert not any(Path(f"/proc/{pid}").exists() for pid in services)
+    async with asyncio.timeout(60):
+        while any(Path(f"/proc/{pid}").exists() for pid in services):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
 
 
 def is_up(pid: int) -> bool:

@@ -171,7 +171,7 @@ def test_a_public_data_address_is_refused_at_start(service: str, address: str) -
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     assert done.returncode == 1

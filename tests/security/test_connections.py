@@ -97,7 +97,7 @@ async def end_of(streams: Streams) -> float:
     loop = asyncio.get_running_loop()
     began = loop.time()
     with suppress(ConnectionError):
-        await asyncio.wait_for(streams[0].read(), HEADER_TIMEOUT_S + IDLE_TIMEOUT_S + LATE_S)
+        await asyncio.wait_for(streams[0].read(), 60)
     return loop.time() - began
 
 
@@ -126,18 +126,21 @@ async def test_a_header_in_drops_gets_no_more_time(etcd: EmbeddedEtcd) -> None:
 async def test_an_idle_connection_ends_and_a_header_in_drops_after_an_answer_too(
     etcd: EmbeddedEtcd,
 ) -> None:
-    async with running(etcd) as gateway:
+    long_s = 8.0
+    async with running(etcd, "--idle-timeout-s", str(long_s)) as gateway:
         idle, drops = await gateway.connect(WHOLE), await gateway.connect(WHOLE)
         for reader, _ in (idle, drops):
             assert b" 200 " in await reader.readline()
         drops[1].write(HALF)
         idle_s, drops_s = await asyncio.gather(end_of(idle), end_of(drops))
-        assert HEADER_TIMEOUT_S + 0.2 < idle_s < IDLE_TIMEOUT_S + LATE_S
-        assert drops_s < IDLE_TIMEOUT_S
+        assert HEADER_TIMEOUT_S + 0.2 < idle_s < long_s + LATE_S
+        assert drops_s < long_s
 
 
 async def test_a_connection_that_goes_on_asking_is_kept(etcd: EmbeddedEtcd) -> None:
-    async with running(etcd) as gateway:
+    """For longer than an idle one and than a header may take; the pauses are far shorter than the
+    former, and longer than the latter."""
+    async with running(etcd, "--idle-timeout-s", "5") as gateway:
         reader, writer = await gateway.connect()
         for _ in range(5):
             writer.write(WHOLE)
@@ -145,11 +148,12 @@ async def test_a_connection_that_goes_on_asking_is_kept(etcd: EmbeddedEtcd) -> N
             while (await reader.readline()).strip():
                 pass
             await reader.readexactly(len(b'{"status": "live"}'))
-            await asyncio.sleep(HEADER_TIMEOUT_S * 0.9)
+            await asyncio.sleep(HEADER_TIMEOUT_S * 1.3)
 
 
 async def test_one_address_leaves_room_for_others(etcd: EmbeddedEtcd) -> None:
-    async with running(etcd, "--connections-per-address-max", "5") as gateway:
+    flags = ("--connections-per-address-max", "5", "--header-timeout-s", "5")
+    async with running(etcd, *flags) as gateway:
         hostile = [await gateway.connect(HALF, source="127.0.0.2") for _ in range(5)]
         refused = await gateway.connect(source="127.0.0.2")
         answer = (await asyncio.wait_for(refused[0].read(), LATE_S)).decode()
@@ -163,7 +167,8 @@ async def test_one_address_leaves_room_for_others(etcd: EmbeddedEtcd) -> None:
 
 
 async def test_the_number_of_all_connections_is_bounded(etcd: EmbeddedEtcd) -> None:
-    async with running(etcd, "--connections-max", "8", "--idle-timeout-s", "0.1") as gateway:
+    flags = ("--connections-max", "8", "--idle-timeout-s", "0.1", "--header-timeout-s", "5")
+    async with running(etcd, *flags) as gateway:
         while await gateway.metric("connections") > 1:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         hostile = [await gateway.connect(HALF, source=f"127.0.0.{2 + i}") for i in range(8)]

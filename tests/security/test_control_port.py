@@ -199,7 +199,7 @@ async def test_a_probe_that_another_instance_answers_counts_as_refused() -> None
         )
         prober.watch([record_of(RANK, port.port)])
         running = asyncio.ensure_future(prober.run())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert await events.get() == ProbeRefused(member=RANK)
         running.cancel()
         await asyncio.wait([running])
@@ -344,7 +344,7 @@ async def test_connections_that_come_and_go_leave_nothing_with_an_engine_that_re
         connection.send(submit(f"{GATEWAY.name}/1"))
         assert await connection.is_served()
         connection.writer.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while num_waiting() == before:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert num_waiting() == before + 1, "of the connection that has sent a session"
@@ -357,22 +357,25 @@ async def test_a_stranger_sends_small_frames_or_none() -> None:
         assert await connection.next() is None
 
 
-async def test_connections_that_wait_outside_keep_nobody_out() -> None:
+async def test_connections_that_wait_outside_keep_nobody_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who is let in does not wait until others have waited too long."""
+    monkeypatch.setattr("gpu_worker.control_server.HANDSHAKE_TIMEOUT_S", 3600.0)
     async with control_port() as port:
         waiting: list[Connection] = []
         for _ in range(STRANGERS_MAX + 40):
             connection = await port.connect()
             connection.writer.write(b"\0\0")
             waiting.append(connection)
-        began = time.monotonic()
         assert await (await port.enter(GATEWAY)).is_served()
-        assert time.monotonic() - began < 1.0
-        async with asyncio.timeout(2.0):  # well before their handshakes have taken too long
+        async with asyncio.timeout(30):
             ends = [await c.reader.read() for c in waiting[:41]]
         assert ends == [b""] * 41, "the oldest go first"
 
 
-async def test_a_handshake_that_does_not_go_on_is_ended() -> None:
+async def test_a_handshake_that_does_not_go_on_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_worker.control_server.HANDSHAKE_TIMEOUT_S", 1.0)
     async with control_port() as port:
         connection = await port.connect()
         connection.send(hello())
@@ -393,10 +396,10 @@ def test_a_legal_frame_of_empty_lists_costs_neither_memory_nor_time() -> None:
     tracemalloc.start()
     try:
         for body in bodies:
-            began = time.monotonic()
+            began_s = time.thread_time()
             with contextlib.suppress(WireError):
                 decode(body)
-            assert time.monotonic() - began < 0.5
+            assert time.thread_time() - began_s < 0.5
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()

@@ -16,6 +16,7 @@ import pytest
 
 from cli.run_dir import read_state
 from cli.up.model import shipped_model
+from gpu_worker.engine.engine import STRANDED_S
 from shared.api_key import new_api_key
 from shared.etcd_store import connect_store
 from shared.handshake import Access, Caller, introduce, rank_caller
@@ -24,7 +25,7 @@ from shared.records import RankRecord, unpack_record
 from shared.secret import read_secret
 from shared.types import Epoch, Member, Role, Step
 from shared.wire import Message, OpenRegion, StatusQuery, Wake, encode, read_message
-from tests.support.cluster import Cluster, free_ports, running_cluster
+from tests.support.cluster import Cluster, ports_in_a_row, running_cluster
 from tests.support.metrics import metric_value
 
 FORGED = Epoch(1 << 40)
@@ -67,7 +68,7 @@ async def forge(record: RankRecord, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection(record.control_host, record.control_port)
     try:
         writer.write(data)
-        async with asyncio.timeout(7):
+        async with asyncio.timeout(30):
             return await reader.read()
     except ConnectionError:
         return b""
@@ -148,11 +149,12 @@ async def expect_no_secret_in_a_bundle(cluster: Cluster, folder: Path) -> None:
     log.write_bytes(b"")  # for those who look at it next
 
 
-async def is_prompt(cluster: Cluster) -> float:
+async def expect_prompt(cluster: Cluster) -> None:
+    """Sooner than a rank gives itself up that waits for a map which does not exist."""
     began = time.monotonic()
     result = await cluster.stream([5, 6, 7], max_tokens=4)
     assert len(result.token_ids) == 4, result.error
-    return time.monotonic() - began
+    assert time.monotonic() - began < STRANDED_S / 2
 
 
 @pytest.mark.timeout(240)
@@ -160,9 +162,9 @@ async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_pat
     run_dir = tmp_path / "run"
     model = shipped_model()
     assert model is not None
-    flags = ("--metrics-port", str(free_ports(3)))
+    flags = ("--metrics-port", str(ports_in_a_row(3)))
     async with running_cluster(run_dir, model, ranks=2, flags=flags) as cluster:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not (run_dir / "starfish.json").exists():  # noqa: ASYNC110 - a file tells nobody
                 await asyncio.sleep(0.1)
         path = run_dir / "secret"
@@ -189,14 +191,14 @@ async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_pat
                 Access(ours.instance, b"0" * 64),
                 [StatusQuery(nonce=1)],
             )
-        assert await is_prompt(cluster) < 3.0
+        await expect_prompt(cluster)
 
         # With the secret, as a member: a map that nobody has published is not believed.
         for attacked, forger in ((records[0], records[1]), (records[1], records[0])):
             me = forger.member
             await enter_and_send(attacked, rank_caller(me), ours, [wake_of(me)])
         await asyncio.sleep(0.5)
-        assert await is_prompt(cluster) < 3.0
+        await expect_prompt(cluster)
         assert await cluster.live_ranks() == members, "a verdict has ended a healthy rank"
         assert (await records_of(cluster)).keys() == records.keys()
         assert {r.member for r in (await records_of(cluster)).values()} == {

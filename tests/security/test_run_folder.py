@@ -62,7 +62,7 @@ def test_up_follows_no_link_in_a_folder_that_a_stranger_made(
         env={**os.environ, "XDG_RUNTIME_DIR": str(shared_folder)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     assert done.returncode == 1

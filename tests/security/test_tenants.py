@@ -53,9 +53,22 @@ def key_file(tmp_path: Path) -> Path:
 
 
 def write_keys(file: Path, text: str) -> Path:
-    file.touch(mode=0o600)
-    file.write_text(text)
+    """Whole or not at all, for whoever reads it meanwhile."""
+    written = file.with_name("written")
+    written.touch(mode=0o600)
+    written.write_text(text)
+    written.rename(file)
     return file
+
+
+async def logged(capsys: pytest.CaptureFixture[str], words: str, times: int = 1) -> str:
+    """What has been logged since the last look, once these words are in it so often."""
+    text = ""
+    async with asyncio.timeout(20):
+        while text.count(words) < times:
+            await asyncio.sleep(0.01)
+            text += capsys.readouterr().out
+    return text
 
 
 @pytest_asyncio.fixture
@@ -166,16 +179,17 @@ async def test_a_changed_file_is_read_and_a_broken_one_is_not(
     write_keys(key_file, f'[keys.alice]\nhash = "{spelt_hash(fresh)}"')
     await until(fresh, 200)
     await until(ALICE, 401)
-    for broken in ("[keys.alice", ""):
-        write_keys(key_file, broken)
-        await asyncio.sleep(0.3)
+    assert "api_keys_unusable" not in capsys.readouterr().out
+    for broken in ("[keys.alice", "", None):
+        if broken is None:
+            key_file.unlink()
+        else:
+            write_keys(key_file, broken)
+        assert (await logged(capsys, "api_keys_unusable")).count("api_keys_unusable") == 1
         assert (await ask(harness, bearer(fresh)))[0].status == 200
-    key_file.unlink()
-    await asyncio.sleep(0.3)
-    assert (await ask(harness, bearer(fresh)))[0].status == 200
     write_keys(key_file, KEYS)
     await until(ALICE, 200)
-    assert capsys.readouterr().out.count("api_keys_unusable") == 3
+    assert "api_keys_unusable" not in capsys.readouterr().out
 
 
 async def test_neither_keys_nor_hashes_are_in_logs_or_metrics(
@@ -222,7 +236,7 @@ def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
         [sys.executable, "-m", "gateway", "--port", "0", "--api-key-file", str(file)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     assert result.returncode != 0
@@ -388,20 +402,20 @@ async def test_a_key_asks_for_no_more_urgency_than_it_may(harness: GatewayHarnes
 async def test_what_is_late_fails_and_leaves_its_rank(harness: GatewayHarness, how: str) -> None:
     for rank in harness.ranks:
         rank.hold_at = 2
-    headers = bearer(ALICE) | ({"X-Request-Timeout": "0.3"} if how == "header" else {})
-    response, answer = await ask(harness, headers, **({"timeout": 0.3} if how == "field" else {}))
+    headers = bearer(ALICE) | ({"X-Request-Timeout": "1.5"} if how == "header" else {})
+    response, answer = await ask(harness, headers, **({"timeout": 1.5} if how == "field" else {}))
     assert response.status == 504
     assert answer["error"]["code"] == "deadline_exceeded"
     async with asyncio.timeout(20):
         while not any(rank.cancels for rank in harness.ranks):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    assert await harness.metric("tokens_in_flight") == 0
+    await harness.wait_metric("tokens_in_flight", 0)
 
 
 async def test_a_late_stream_ends_with_an_error(harness: GatewayHarness) -> None:
     for rank in harness.ranks:
         rank.hold_at = 2
-    url, fields = harness.url + "/v1/completions", body(stream=True, timeout=0.5)
+    url, fields = harness.url + "/v1/completions", body(stream=True, timeout=1.5)
     async with harness.http.post(url, json=fields, headers=bearer(ALICE)) as response:
         assert response.status == 200
         lines = [line async for line in response.content if line.startswith(b"data: ")]
@@ -499,7 +513,7 @@ async def test_a_client_that_leaves_is_in_the_log_and_counts_no_more(
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
     await harness.wait_metric("tokens_in_flight", 0)
-    assert "status=499" in capsys.readouterr().out
+    await logged(capsys, "status=499")
 
 
 async def test_tokenising_alone_counts_against_the_rate_too(model: Path, tmp_path: Path) -> None:
@@ -527,7 +541,7 @@ def test_a_gateway_that_anybody_reaches_warns() -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     assert "gateway_open_to_all" in ended.stderr

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import signal
 import socket
 import sys
@@ -19,23 +18,21 @@ from typing import Any
 
 import aiohttp
 
+from shared.free_ports import free_ports
 from tests.support.authentication import client_session
 
-UP_TIMEOUT_S = 90.0
-DOWN_TIMEOUT_S = 30.0
+UP_TIMEOUT_S = 150.0
+DOWN_TIMEOUT_S = 90.0
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
 
 
-def free_ports(number: int) -> int:
-    """The first of so many in a row. Below those that the kernel gives to connections."""
+def ports_in_a_row(number: int) -> int:
+    """The first of so many, on which nobody listens now."""
     while True:
-        first = random.randrange(20_000, 32_000)
+        (first,) = free_ports(1)
         with contextlib.ExitStack() as probes:
             try:
                 for port in range(first, first + number):

@@ -9,11 +9,11 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from shared.embedded_etcd import free_ports
 from shared.errors import StoreError
 from shared.etcd_binary import packaged_etcd
 from shared.etcd_options import EtcdOptions
 from shared.etcd_store import EtcdStore
+from shared.free_ports import free_ports
 
 NUM_MEMBERS = 3
 _START_TIMEOUT_S = 20.0

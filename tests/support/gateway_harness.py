@@ -120,8 +120,8 @@ async def running_gateway(
     """`options` are fields of GatewayConfig. The gateway is ready when the body begins; if it wants
     an API key, `api_key` is used to find that out."""
     etcd = MemoryEtcd(SystemClock())
-    options = {"api_key_file": authentication.api_key_file(), **options}
-    config = dataclasses.replace(GatewayConfig(), drain_s=1.0, **options)  # type: ignore[arg-type]
+    options = {"api_key_file": authentication.api_key_file(), "drain_s": 1.0, **options}
+    config = dataclasses.replace(GatewayConfig(), **options)  # type: ignore[arg-type]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         connector = aiohttp.TCPConnector(ssl=False)  # certificates of tests are their own

@@ -64,10 +64,14 @@ async def told(control: FakeControl, rank: int) -> None:
         await asyncio.sleep(0.01)
 
 
-async def it_waits(following: asyncio.Task[int], capsys: pytest.CaptureFixture[str]) -> None:
+async def it_waits(
+    following: asyncio.Task[int],
+    capsys: pytest.CaptureFixture[str],
+    said: str = "rank 2 has sessions left",
+) -> None:
     """Until it has said what it waits for: only then has it read the answer to its request."""
     shown = ""
-    while "rank 2 has sessions left" not in shown:
+    while said not in shown:
         assert not following.done()
         await asyncio.sleep(0.01)
         shown += capsys.readouterr().err
@@ -146,14 +150,13 @@ async def test_without_a_leader_the_same_request_is_sent_again(
 
 
 async def test_a_control_plane_that_is_away_for_a_while_ends_no_wait(
-    target: Target, control: FakeControl
+    target: Target, control: FakeControl, capsys: pytest.CaptureFixture[str]
 ) -> None:
     following = asyncio.create_task(carry_out(target, drain(2), WAITING, CLOCK))
-    await told(control, 2)
+    await it_waits(following, capsys)
     state = control.state
     control.state = replace(state, desired=DesiredState())  # one that has not heard of it yet
-    await asyncio.sleep(0.6)
-    assert not following.done()
+    await it_waits(following, capsys, "a control plane that leads")
     control.state = state
     control.leave_map(2)
     assert await following == 0

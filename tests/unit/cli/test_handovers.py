@@ -10,7 +10,7 @@ import pytest
 
 from cli.up.handovers import Handovers
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ async def test_what_was_said_before_anybody_waited_is_known(handovers: Handovers
     other = await child(handovers, "sys.stdin.read()")
     first = await child(handovers, "say(); sys.stdin.read()")
     waiting = asyncio.ensure_future(handovers.until(other))
-    await asyncio.sleep(0.3)
+    while first.pid not in handovers._said:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
     await handovers.until(first)
     assert first.returncode is None
     for each in (other, first):

@@ -15,6 +15,7 @@ from cli.up.options import UpOptions
 from cli.up.services import Service, agent, control_plane, gateway_standby, gateways
 from shared.errors import ConfigError
 from shared.etcd_options import EtcdOptions
+from shared.free_ports import free_ports
 
 ETCD = EtcdOptions(etcd="e:1")
 OF_RANKS = EtcdOptions(etcd="e:1", etcd_user="ranks")
@@ -22,9 +23,7 @@ OF_RANKS = EtcdOptions(etcd="e:1", etcd_user="ranks")
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 @pytest.fixture

@@ -34,10 +34,8 @@ async def test_long_and_short_texts_give_the_tokenizers_ids(tmp_path: Path) -> N
     loaded.close()
 
 
-async def test_other_tasks_go_on_while_a_long_text_is_encoded(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path)
-    loaded = load(tmp_path)
-    await loaded.encode("warm " * SHORT_CHARS_MAX, tokens_max=10**6)
+async def longest_share_of_a_turn(loaded: ModelTokenizer) -> float:
+    """Of the time in which a long text is encoded, how much the longest turn of the loop takes."""
     clock = SystemClock()
     encoding = asyncio.ensure_future(loaded.encode("grün 🌊 " * 40_000, tokens_max=10**6))
     turns_at = [clock.now()]
@@ -45,9 +43,19 @@ async def test_other_tasks_go_on_while_a_long_text_is_encoded(tmp_path: Path) ->
         await asyncio.sleep(0)
         turns_at.append(clock.now())
     longest_turn = max(b - a for a, b in itertools.pairwise(turns_at))
-    assert (
-        longest_turn < (turns_at[-1] - turns_at[0]) / 2
-    )  # if the loop were blocked, nearly all of it
+    return longest_turn / (turns_at[-1] - turns_at[0])
+
+
+async def test_other_tasks_go_on_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    """If the loop were blocked, one turn would take nearly all of the time whenever it is tried. A
+    busy machine may hold the loop up as well, but not each time."""
+    write_tokenizer(tmp_path)
+    loaded = load(tmp_path)
+    await loaded.encode("warm " * SHORT_CHARS_MAX, tokens_max=10**6)
+    shares: list[float] = []
+    while not shares or (min(shares) >= 0.5 and len(shares) < 20):
+        shares.append(await longest_share_of_a_turn(loaded))
+    assert min(shares) < 0.5, shares
     loaded.close()
 
 

@@ -79,14 +79,14 @@ class Reports:
 
     async def until(self, holds: Callable[[list[ProcessView]], bool]) -> None:
         """Waits until this holds of the views in etcd."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             async for _ in self.store.watch(KEYS.views):
                 stored = (await self.store.get_prefix(KEYS.views)).values
                 if holds([unpack_record(each.value, ProcessView) for each in stored]):
                     return
 
     async def next_view(self) -> ProcessView:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             async for seen in self.store.watch(KEYS.views):
                 values = seen.values if isinstance(seen, Snapshot) else (seen,)
                 for each in values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 
 import pytest_asyncio
@@ -32,14 +33,19 @@ class Server:
         return web.Response(text=f"{len(raw.data)} of {set(raw.data.decode())}")
 
     async def post(self, header: str, body: bytes) -> str:
+        """The text of the answer. The server may keep the connection for as long as the body has no
+        end."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             writer.write(
                 f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n\r\n".encode()
             )
             writer.write(body)
-            async with asyncio.timeout(20):
-                return (await reader.read()).decode().rpartition("\r\n")[2]
+            async with asyncio.timeout(60):
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = re.search(r"Content-Length: (\d+)", head)
+                assert length is not None
+                return (await reader.readexactly(int(length[1]))).decode()
         finally:
             writer.transport.abort()
 

@@ -72,13 +72,16 @@ async def test_all_together_send_no_more_than_so_much(url: str, number: int) -> 
         for _ in range(number):
             tasks.create_task(attack())
     least_s = 0.8 * number * len(BODY) / BYTES_PER_S  # what is on its way when it is answered
-    assert least_s < time.monotonic() - began < 10 * least_s + 5
+    assert least_s < time.monotonic() - began < 10 * least_s + 30
 
 
-async def test_a_body_that_never_ends_is_no_reason_to_wait_with_the_answer(url: str) -> None:
+async def test_a_body_that_never_ends_is_no_reason_to_wait_with_the_answer(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.api.unread_bodies.LINGER_S", 3600.0)
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert b" 401 " in await reader.readuntil(b"\r\n\r\nno")
     writer.transport.abort()

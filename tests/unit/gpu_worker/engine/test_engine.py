@@ -170,9 +170,10 @@ class Rank:
         )
 
     def until_asleep(self) -> None:
-        """The engine sleeps with an empty inbox. It wakes by nothing but what a test puts."""
+        """The engine sleeps with an empty inbox. It wakes by nothing but what a test puts. The
+        inbox is looked at first: it is emptied by an engine that does not sleep any more."""
         for _ in range(PATIENCE_S * 1000):
-            if self.monitor._parked and not self.inbox._items:
+            if not self.inbox._items and self.monitor._parked:
                 return
             threading.Event().wait(0.001)
         raise AssertionError("the engine does not go to sleep")
@@ -554,7 +555,10 @@ def test_a_cancelled_session_is_told_so_and_makes_no_more_tokens(member: Rank) -
 
 
 def test_a_dropped_origin_hears_nothing_more(member: Rank) -> None:
+    both_are_sent = threading.Event()
+
     def drop_in_the_second_step() -> None:
+        stay_until(both_are_sent)
         if len(member.exchange.begun) == 3:
             member.submit(submit("refused", (1,) * 100))
             member.inbox.put(DropOrigin(origin=origin()))
@@ -562,6 +566,7 @@ def test_a_dropped_origin_hears_nothing_more(member: Rank) -> None:
     member.exchange.on_dispatch = drop_in_the_second_step
     member.submit(submit("other", max_tokens=40), number=2)
     member.submit(submit(max_tokens=40))
+    both_are_sent.set()
     member.until_asleep()
     served: list[Origin] = []
     while not member.events.empty():

@@ -68,6 +68,8 @@ class LinkHarness:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     held: asyncio.Task[str]
+    pace: list[float]
+    """Its one element is how long the link waits between two messages, in seconds."""
 
     def write(self, *slots: int) -> None:
         """As the sender does, when blocks have been written."""
@@ -86,7 +88,8 @@ async def linked(pace_s: float = 0.0, pong_timeout_s: float = 1e6) -> AsyncItera
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_connection(sock=ours)
     their_reader, their_writer = await asyncio.open_connection(sock=theirs)
-    link = ReplicaLink(SOURCE, writer, pace_s=lambda: pace_s, pong_timeout_s=pong_timeout_s)
+    pace = [pace_s]
+    link = ReplicaLink(SOURCE, writer, pace_s=lambda: pace[0], pong_timeout_s=pong_timeout_s)
     remote = RemoteSlots(
         target=TARGET,
         is_on_other_node=True,
@@ -104,7 +107,7 @@ async def linked(pace_s: float = 0.0, pong_timeout_s: float = 1e6) -> AsyncItera
     )
     held = asyncio.create_task(link.hold(channel, reader))
     try:
-        yield LinkHarness(channel, their_reader, their_writer, held)
+        yield LinkHarness(channel, their_reader, their_writer, held, pace)
     finally:
         held.cancel()
         await asyncio.wait([held])
@@ -157,10 +160,13 @@ async def test_what_comes_soon_after_something_was_told_is_told_together() -> No
         assert await harness.hear() == DropKvReplicas(
             source=SOURCE, generation=GENERATION, slots=(9,)
         )
+        harness.pace[0] = 1e6
         harness.write(4)
         harness.say(pong(1))
         assert await harness.hear() == Ping(nonce=2)
-        assert await harness.hear() == kept(4)
+        harness.pace[0] = 0.0
+        harness.write(5)
+        assert await harness.hear() == kept(4, 5)
 
 
 async def test_many_news_are_told_at_once() -> None:
