@@ -133,9 +133,9 @@ async def test_a_client_that_stops_reading_is_dropped(
 ) -> None:
     """Its answer is larger than all that the kernel keeps for it."""
     monkeypatch.setattr("gateway.api.stream_body.WRITE_TIMEOUT_S", 0.3)
-    parameters = {"max_new_tokens": 8000, "temperature": 0, "ignore_eos": True}
+    parameters = {"max_new_tokens": 4000, "temperature": 0, "ignore_eos": True}
     body = {"input_ids": PROMPT, "sampling_params": parameters, "stream": True}
-    async with running_gateway(model, context_tokens_max=8192) as harness:
+    async with running_gateway(model, context_tokens_max=4096) as harness:
         connections = await harness.metric("connections")
         _, writer = await open_stream(harness, "/generate", body, version="1.1", window=2048)
         await harness.wait_metric("sessions_in_flight", 1)
