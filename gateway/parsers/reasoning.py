@@ -18,6 +18,7 @@ def parse_reasoning(source: Source, *, start: str, end: str, opened: bool) -> Pa
         else:
             source.rewind()
         yield from reasoning_until(source, Markers(end))
+        yield Reasoning("")  # none may have come: what follows begins after it all the same
     else:
         source.rewind()
     yield from source.until(NO_MARKERS, Content)
