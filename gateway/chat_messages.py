@@ -43,12 +43,17 @@ def _with_reasoning(message: Message) -> Message:
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _prepared_call(call: Mapping[str, Any], forms: TemplateForms) -> Message:
-    """OpenAI's shape holds the call in `function`; some clients send it flat."""
+def called_function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The name and the arguments of a call. OpenAI's shape holds them in `function`; some clients
+    send them flat."""
     function = call.get("function")
-    if isinstance(function, Mapping):
-        return {**call, "function": _with_arguments(function, forms)}
-    return _with_arguments(call, forms)
+    return function if isinstance(function, Mapping) else call
+
+
+def _prepared_call(call: Mapping[str, Any], forms: TemplateForms) -> Message:
+    function = called_function(call)
+    prepared = _with_arguments(function, forms)
+    return prepared if function is call else {**call, "function": prepared}
 
 
 def _with_arguments(function: Mapping[str, Any], forms: TemplateForms) -> Message:

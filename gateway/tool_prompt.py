@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gateway.chat_messages import NO_ARGUMENTS, parsed_arguments
+from gateway.chat_messages import NO_ARGUMENTS, called_function, parsed_arguments
 from gateway.parsers.json_formats import TOOL_CALL, TOOL_CALL_END
 
 Message = Mapping[str, Any]
@@ -58,7 +58,7 @@ def _as_text(message: Message) -> Message:
 
 
 def _call_text(call: Mapping[str, Any]) -> str:
-    function = call.get("function", call)
+    function = called_function(call)
     name, arguments = function.get("name"), function.get("arguments")
     values = parsed_arguments(arguments)
     if not isinstance(arguments, str) or arguments in NO_ARGUMENTS:

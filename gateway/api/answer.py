@@ -115,16 +115,17 @@ async def stream_events(
 
     try:
         await response.prepare(request)
-        while True:
-            data = await writer.events(deltas)
-            if generation.done:
-                await body.write(data + writer.end(), last=True)
-                break
-            if data:
-                await body.write(data)
-            deltas = await generation.next_deltas(pass_on if writer.is_quick else None)
-    except SessionFailed as error:
-        await response.write(writer.failed(error))
+        try:
+            while True:
+                data = await writer.events(deltas)
+                if generation.done:
+                    await body.write(data + writer.end(), last=True)
+                    break
+                if data:
+                    await body.write(data)
+                deltas = await generation.next_deltas(pass_on if writer.is_quick else None)
+        except SessionFailed as error:
+            await body.write(writer.failed(error), last=True)
     except (ConnectionError, TimeoutError):
         log.info("client_gone", request=job.header.id)
         if request.transport is not None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from gateway.parsers.events import Content, Reasoning
-from gateway.parsers.source import Markers, Parse, Source, Step
-
-_NOTHING = Markers()
+from gateway.parsers.source import NO_MARKERS, Markers, Parse, Source, Step
 
 
 def parse_reasoning(source: Source, *, start: str, end: str, opened: bool) -> Parse:
@@ -20,9 +18,10 @@ def parse_reasoning(source: Source, *, start: str, end: str, opened: bool) -> Pa
         else:
             source.rewind()
         yield from reasoning_until(source, Markers(end))
+        yield Reasoning("")  # none may have come: what follows begins after it all the same
     else:
         source.rewind()
-    yield from source.until(_NOTHING, Content)
+    yield from source.until(NO_MARKERS, Content)
 
 
 def reasoning_until(source: Source, markers: Markers) -> Step[str]:

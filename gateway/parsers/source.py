@@ -17,6 +17,11 @@ Emit = Callable[[str], Event | None]
 """Makes an event of a piece of text, or keeps the text and returns None."""
 
 
+REREAD_CHARS_MAX = 1 << 16
+"""So much of an answer is read again, after `rewind`, before no marker counts any more: a client
+may have the model write any text, and others shall not wait while it is read."""
+
+
 class Markers:
     """Strings that structure the text. None of them may be the beginning of another one."""
 
@@ -39,16 +44,21 @@ class Markers:
         return 0
 
 
-class Source:
-    """What has arrived and is not read yet. `hold` marks a place to which `rewind` returns."""
+NO_MARKERS = Markers()
 
-    __slots__ = ("_at", "_dropped", "_ended", "_held", "_text")
+
+class Source:
+    """What has arrived and is not read yet. `hold` marks a place to which `rewind` returns. Once
+    REREAD_CHARS_MAX characters have been read in vain, `until` finds no marker any more."""
+
+    __slots__ = ("_at", "_dropped", "_ended", "_held", "_num_reread", "_text")
 
     def __init__(self) -> None:
         self._text = ""
         self._at = 0
         self._dropped = 0
         self._held: int | None = None
+        self._num_reread = 0
         self._ended = False
 
     @property
@@ -76,6 +86,7 @@ class Source:
     def rewind(self) -> None:
         """Returns to the place of `hold`, if there is one."""
         if self._held is not None:
+            self._num_reread += self._at - self._held
             self._at, self._held = self._held, None
 
     def more(self) -> Step[bool]:
@@ -118,6 +129,8 @@ class Source:
     def until(self, markers: Markers, emit: Emit) -> Step[str]:
         """Reads up to and with the first marker, and returns that; empty at the end. Emits the text
         before it as it comes."""
+        if self._num_reread > REREAD_CHARS_MAX:
+            markers = NO_MARKERS
         while True:
             found = markers.search(self._text, self._at)
             if found is not None:

@@ -18,6 +18,7 @@ class TypedArguments:
     def __init__(self, schema: Schema) -> None:
         properties = schema.get("properties")
         self._properties = properties if isinstance(properties, dict) else {}
+        self._types: dict[str, set[str]] = {}  # by name: a schema may be long
         self._num_keys = 0
 
     def key(self, name: str) -> str:
@@ -29,12 +30,19 @@ class TypedArguments:
 
     def is_text(self, name: str) -> bool:
         """Whether a value can only be a string, so that it can be passed on as it comes."""
-        return types_of(self._properties.get(name)) == {"string"}
+        return self._types_of(name) == {"string"}
 
     def value(self, name: str, text: str) -> str:
         """The text as JSON of one of the types that the schema allows, else as a string."""
-        value = _converted(text.strip(), types_of(self._properties.get(name)))
+        value = _converted(text.strip(), self._types_of(name))
         return _text(text) if value is None else value
+
+    def _types_of(self, name: str) -> set[str]:
+        if name not in self._properties:
+            return set()
+        if name not in self._types:
+            self._types[name] = types_of(self._properties[name])
+        return self._types[name]
 
 
 def string_piece(text: str) -> str:

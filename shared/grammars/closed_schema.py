@@ -5,6 +5,7 @@ a model invent keys, or leave lines empty, until it is cut off. Pure."""
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import unquote
 
 from shared.errors import GrammarError
 
@@ -74,7 +75,7 @@ class _Closer:
         if key in _NAMED and isinstance(value, dict):
             is_definition = key in ("$defs", "definitions")
             return {
-                name: self.close(each, is_part=is_definition and f"#/{key}/{name}" in self._parts)
+                name: self.close(each, is_part=is_definition and _pointer(key, name) in self._parts)
                 for name, each in value.items()
             }
         if key in _ONE_SCHEMA or (key in _OPENERS and isinstance(value, dict)):
@@ -121,8 +122,11 @@ class _Closer:
     def _target(self, reference: str) -> Any:
         found = self._root
         for step in reference.removeprefix("#").strip("/").split("/"):
-            if step:
-                found = found.get(step) if isinstance(found, dict) else None
+            name = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            elif name:
+                found = found.get(name) if isinstance(found, dict) else None
         return found
 
     def _collect_parts(self, schema: Any) -> None:
@@ -149,7 +153,12 @@ def _references(schema: dict[str, Any]) -> set[str]:
 def _reference(schema: dict[str, Any]) -> str:
     """Empty if it refers to nothing."""
     reference = schema.get("$ref")
-    return reference if isinstance(reference, str) else ""
+    return unquote(reference) if isinstance(reference, str) else ""
+
+
+def _pointer(*names: str) -> str:
+    """As a reference spells it."""
+    return "#" + "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
 
 
 def _list(value: Any) -> list[Any]:

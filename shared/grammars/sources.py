@@ -37,4 +37,6 @@ def grammar_of(kind: GrammarKind, text: str, *, json_space: str = JSON_SPACE) ->
     except RecursionError as error:
         raise GrammarError("it is nested too deeply") from error
     except ValueError as error:
+        if isinstance(error.__context__, RecursionError):  # of the library's reader of GBNF
+            raise GrammarError("it is nested too deeply") from error
         raise GrammarError(f"it cannot be read: {client_words(str(error))}") from error

@@ -1,5 +1,5 @@
-"""Tool calls, bad words and budgets of reasoning across a death: a stream whose rank is killed in
-the middle of a call's arguments goes on as if nothing had happened."""
+"""Tool calls and bad words across a death: a stream whose rank is killed in the middle of a call's
+arguments goes on as if nothing had happened."""
 
 from __future__ import annotations
 

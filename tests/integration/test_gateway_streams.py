@@ -126,3 +126,21 @@ async def test_the_chunks_of_a_choice_are_its_text(
         joined = "".join(chunk["text"] for chunk in own)
         assert text.startswith(joined.rstrip("\ufffd"))
         assert own[-1]["finish_reason"] == "length"
+
+
+async def test_a_client_that_stops_reading_is_dropped(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer is larger than all that the kernel keeps for it."""
+    monkeypatch.setattr("gateway.api.stream_body.WRITE_TIMEOUT_S", 0.3)
+    parameters = {"max_new_tokens": 4000, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": PROMPT, "sampling_params": parameters, "stream": True}
+    async with running_gateway(model, context_tokens_max=4096) as harness:
+        connections = await harness.metric("connections")
+        _, writer = await open_stream(harness, "/generate", body, version="1.1", window=2048)
+        await harness.wait_metric("sessions_in_flight", 1)
+        assert await harness.metric("connections") == connections + 1
+        await harness.wait_metric("connections", connections)
+        assert await harness.metric("sessions_in_flight") == 0
+        assert any(rank.cancels for rank in harness.ranks)
+        writer.close()

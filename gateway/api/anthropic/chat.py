@@ -11,7 +11,7 @@ from gateway.api.anthropic.bodies import CountBody, MessagesBody, Thinking
 from gateway.api.reasoning import EFFORTS
 from shared.errors import RequestError
 
-_THINKING_ON = ("enabled", "adaptive")
+_THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 _ABSENT = {
     "container": "no code runs here",
     "mcp_servers": "tools run at the client; pass them as tools",
@@ -22,7 +22,7 @@ _TEXT_ONLY = "only text, tool_use, tool_result and thinking are supported"
 def prompt_fields(body: CountBody) -> dict[str, Any]:
     """The fields that make up the prompt. Raises RequestError."""
     chat: dict[str, Any] = {"messages": _messages(body), "model": body.model}
-    thinks = body.thinking is not None and body.thinking.type in _THINKING_ON
+    thinks = _thinks(body.thinking)
     chat["chat_template_kwargs"] = {
         **{"enable_thinking": thinks, "thinking": thinks},
         **_effort(body),
@@ -70,9 +70,20 @@ def _effort(body: CountBody) -> dict[str, str]:
     return {"reasoning_effort": effort}
 
 
+def _thinks(thinking: Thinking | None) -> bool:
+    """Raises RequestError."""
+    if thinking is None:
+        return False
+    if thinking.type not in _THINKING:
+        raise RequestError(
+            f"thinking: the type must be one of {', '.join(_THINKING)}", param="thinking"
+        )
+    return _THINKING[thinking.type]
+
+
 def _shows_thinking(thinking: Thinking | None) -> bool:
     """Raises RequestError."""
-    if thinking is None or thinking.type not in _THINKING_ON:
+    if thinking is None or not _thinks(thinking):
         return False
     if thinking.display not in (None, "summarized", "omitted"):
         raise RequestError("thinking: display must be summarized or omitted", param="thinking")

@@ -58,13 +58,14 @@ class ResponseStore:
         return len(self._stored)
 
     def put(self, stored: StoredResponse) -> None:
+        """One of the same id, whose stream was resumed and ended once more, is replaced."""
         if stored.num_bytes > self._bytes_max:
             return
+        self._drop(stored.id)
         self._stored[stored.id] = stored
         self._num_bytes += stored.num_bytes
         while self._num_bytes > self._bytes_max:
-            _, dropped = self._stored.popitem(last=False)
-            self._num_bytes -= dropped.num_bytes
+            self._drop(next(iter(self._stored)))
 
     def get(self, response_id: str, owner: str) -> StoredResponse | None:
         found = self._stored.get(response_id)
@@ -77,5 +78,10 @@ class ResponseStore:
         """Whether it was there."""
         if self.get(response_id, owner) is None:
             return False
-        self._num_bytes -= self._stored.pop(response_id).num_bytes
+        self._drop(response_id)
         return True
+
+    def _drop(self, response_id: str) -> None:
+        dropped = self._stored.pop(response_id, None)
+        if dropped is not None:
+            self._num_bytes -= dropped.num_bytes

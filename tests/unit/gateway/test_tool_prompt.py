@@ -56,3 +56,10 @@ def test_arguments_that_are_no_object_are_the_clients_fault(arguments: object) -
     with pytest.raises(RequestError) as refused:
         with_tools([{"role": "assistant", "tool_calls": [call]}], [])
     assert refused.value.param == "messages"
+
+
+@pytest.mark.parametrize("function", [None, "f", 7, []])
+def test_a_call_whose_function_is_none_is_read_as_a_flat_one(function: object) -> None:
+    call = {"function": function, "name": "f", "arguments": '{"x": 1}'}
+    (message,) = with_tools([{"role": "assistant", "tool_calls": [call]}], [])
+    assert '{"name": "f", "arguments": {"x": 1}}' in message["content"]

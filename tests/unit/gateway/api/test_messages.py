@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gateway.api.bodies import ChatBody, decode_body
 from gateway.api.messages import read_chat_options, read_messages
 from gateway.chat_template import ChatOptions, ChatTemplate
+from gateway.tool_prompt import with_tools
 from shared.errors import RequestError
 from tests.support.fake_clock import FakeClock
 
@@ -131,7 +132,7 @@ TEMPLATE = ChatTemplate(
 @given(
     st.lists(
         st.dictionaries(KEYS, JSON | st.lists(st.dictionaries(KEYS, JSON), max_size=3)).map(
-            lambda message: {"role": "user", **message}
+            lambda message: {"role": "assistant", **message}
         ),
         max_size=4,
     ),
@@ -140,8 +141,9 @@ TEMPLATE = ChatTemplate(
 def test_any_messages_are_rendered_or_refused(messages: list[Any], continues: bool) -> None:
     options = ChatOptions(continue_final_message=continues)
     param = "messages"
-    try:
-        TEMPLATE.render(read_messages(messages), options)
-    except RequestError as error:
-        param = error.param or ""
-    assert param in ("messages", "continue_final_message")
+    for change in (list, lambda read: with_tools(read, [])):
+        try:
+            TEMPLATE.render(change(read_messages(messages)), options)
+        except RequestError as error:
+            param = error.param or ""
+        assert param in ("messages", "continue_final_message")

@@ -45,6 +45,19 @@ def _dsml(*lines: str) -> str:
 
 EXAMPLES = [
     Example(
+        name="Qwen3: no reasoning, whose end was forced",
+        reasoning="qwen3",
+        opened=True,
+        text="</think>\n\nYes.",
+        content="Yes.",
+    ),
+    Example(
+        name="Qwen3: empty reasoning",
+        reasoning="qwen3",
+        text="<think></think>\n\nYes.",
+        content="Yes.",
+    ),
+    Example(
         name="hermes",
         tools="hermes",
         text='Let me look.\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}'

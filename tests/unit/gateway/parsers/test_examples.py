@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from time import process_time
 
 import pytest
 
@@ -146,6 +147,28 @@ def test_calls_beyond_the_first_are_left_out_when_only_one_may_be() -> None:
     example = next(e for e in EXAMPLES if len(e.calls) == 2 and e.tools == "glm45")
     content, thought, calls = read(events_of(parser_of(example, calls_max=1), list(example.text)))
     assert (content, thought, calls) == (example.content, example.thought, example.calls[:1])
+
+
+@pytest.mark.parametrize(
+    ("tools", "unit"),
+    [
+        ("hermes", '<tool_call>{"a":['),
+        ("qwen3_coder", "<function="),
+        ("mistral", "[TOOL_CALLS]a[CALL_ID]"),
+        ("mistral", '[TOOL_CALLS][{"a":['),
+        ("deepseek_v3", "<｜tool▁call▁begin｜>"),
+        ("deepseek_v31", "<｜tool▁call▁begin｜>"),
+        ("deepseek_v32", "<｜DSML｜invoke "),
+        ("openai", "<|channel|>"),
+    ],
+)
+def test_markers_that_nothing_follows_are_content_and_cost_little(tools: str, unit: str) -> None:
+    """A client has the model write them: each could be the beginning of all that comes after it."""
+    hostile = Example(name="", text=unit * (400_000 // len(unit)), tools=tools)
+    began = process_time()
+    content, _, calls = read(events_of(parser_of(hostile), [hostile.text]))
+    assert process_time() - began < 5
+    assert (content, calls) == (hostile.text, [])
 
 
 def test_a_model_without_formats_needs_no_parser() -> None:

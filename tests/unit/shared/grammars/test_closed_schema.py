@@ -96,6 +96,22 @@ def test_a_definition_that_is_a_part_of_others_is_closed_where_it_is_used() -> N
     assert closed["properties"]["y"]["allOf"] == [only("a")]
 
 
+@pytest.mark.parametrize(
+    ("name", "reference"), [("a/b", "a~1b"), ("a~b", "a~0b"), ("Box[int]", "Box%5Bint%5D")]
+)
+def test_a_reference_finds_a_definition_of_any_name(name: str, reference: str) -> None:
+    schema = {"$defs": {name: ONE}, "properties": {"x": TEXT}, "$ref": f"#/$defs/{reference}"}
+    closed = close_objects(schema)
+    assert closed["allOf"] == [only("a", "x")]
+    assert closed["$defs"] == {name: ONE}
+
+
+def test_a_reference_finds_a_member_of_a_list() -> None:
+    parts = [{"properties": {"b": TEXT}}, {"type": "object"}]
+    closed = close_objects({**ONE, "$ref": "#/prefixItems/0", "prefixItems": parts})
+    assert closed["allOf"] == [only("a", "b")]
+
+
 def test_one_open_part_opens_the_object() -> None:
     schema = {"allOf": [ONE, {"properties": {}, "additionalProperties": TEXT}]}
     assert close_objects(schema) == schema

@@ -137,6 +137,7 @@ def test_sampling() -> None:
             {"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "x"}},
             "tool_choice",
         ),
+        ({"thinking": {"type": "enable"}}, "thinking"),
     ],
 )
 def test_what_cannot_be_done_names_its_field(fields: dict[str, Any], param: str) -> None:

@@ -228,6 +228,19 @@ def test_the_store_is_bounded_and_keeps_what_is_used() -> None:
     assert len(store) == 3
 
 
+def test_a_response_that_ends_twice_is_kept_once() -> None:
+    """A client resumes a stream that its gateway has written to its end."""
+    store = ResponseStore(500)
+    store.put(stored(0))
+    for _ in range(20):
+        store.put(stored(1))
+    assert store.get("resp_0", "a") is not None
+    assert store.delete("resp_1", "a")
+    store.put(stored(2))
+    store.put(stored(3))
+    assert len(store) == 3
+
+
 def test_a_response_comes_back_as_it_was() -> None:
     response = {"id": "resp_1", "output": [{"text": "é😀\ud7ff", "logprobs": None}], "n": 0.1}
     messages: list[dict[str, Any]] = [
