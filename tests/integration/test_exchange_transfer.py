@@ -22,9 +22,11 @@ from shared.wire import OpenRegion
 from tests.support.exchange_child import H, K, main, make_map, member, run_step
 from tests.support.local_exchange import LocalHub
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 FOREVER_MS = 1e9
 ENDLESS = 10**9
+
+pytestmark = pytest.mark.timeout(300)
 
 
 class Path(Enum):

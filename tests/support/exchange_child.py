@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.cpu.kernels import arithmetic  # noqa: F401 - says where compiled kernels lie
 from gpu_worker.exchange.interface import Dispatched, Exchange
 from gpu_worker.exchange.links import TransferEndpoint
 from gpu_worker.exchange.message import MessageLayout
