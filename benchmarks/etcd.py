@@ -12,12 +12,13 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.embedded_etcd import EmbeddedEtcd, free_ports
+from shared.embedded_etcd import EmbeddedEtcd
 from shared.errors import StoreUnavailable
 from shared.etcd_binary import etcd_binary
 from shared.etcd_options import EtcdOptions
 from shared.etcd_permissions import EtcdService
 from shared.etcd_store import EtcdStore, connect_store
+from shared.free_ports import free_ports
 from shared.keys import Keys
 from shared.store import Put
 from shared.types import Incarnation, RankId
