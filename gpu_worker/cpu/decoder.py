@@ -106,6 +106,7 @@ class Decoder:
             np.take(self._embedding_VH, batch.token_ids_T, axis=0, out=tokens.x_TH[:num_tokens])
         # Without MoE layers ranks exchange nothing, and each rank sleeps on its own.
         any_work: bool | None = None if self.spec.moe_layers else num_tokens > 0
+        all_know_next = False
         moe_layer = 0
         for attention, mlp in zip(self.attention, self._mlps, strict=True):
             if num_tokens:
@@ -115,12 +116,16 @@ class Decoder:
                 continue
             dispatched = self._route(mlp, moe_layer, num_tokens, exchange)
             if any_work is None:
-                any_work = dispatched.any_work
+                any_work, all_know_next = dispatched.any_work, dispatched.all_know_next
                 if not dispatched.any_tokens:
                     break
             self._run_experts(mlp, moe_layer, dispatched, num_tokens, exchange)
             moe_layer += 1
-        return Forward(logits_RV=self._logits(batch.logits_rows_R), any_work=bool(any_work))
+        return Forward(
+            logits_RV=self._logits(batch.logits_rows_R),
+            any_work=bool(any_work),
+            all_know_next=all_know_next,
+        )
 
     def _route(
         self, mlp: MoeLayer, moe_layer: int, num_tokens: int, exchange: Exchange

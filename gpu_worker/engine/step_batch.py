@@ -37,10 +37,12 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """Logits of the wanted rows. `any_work`: whether any rank had work in this step."""
+    """Logits of the wanted rows. `any_work`: whether any rank had work in this step.
+    `all_know_next`: whether all ranks knew of a later map when they began it."""
 
     logits_RV: NDArray[np.float32]
     any_work: bool
+    all_know_next: bool = False
 
 
 class Model(Protocol):

@@ -75,14 +75,14 @@ class SimModel:
 
     def forward(self, batch: StepBatch, exchange: Exchange) -> Forward:
         values_T = self._attend(batch)
-        any_work = False
+        any_work = all_know_next = False
         for layer in range(NUM_LAYERS):
             x_TH = np.stack([values_T, values_T], axis=1).astype(np.float32)
             experts_TK = np.array(
                 [experts_of(int(v), layer) for v in values_T], dtype=np.int32
             ).reshape(-1, TOP_K)
             sent = exchange.dispatch(layer, x_TH, experts_TK)
-            any_work = sent.any_work
+            any_work, all_know_next = sent.any_work, sent.all_know_next
             if not sent.any_tokens:
                 break
             y_TKH = exchange.combine(
@@ -90,7 +90,11 @@ class SimModel:
             )
             weighted = y_TKH[:, :, 0].astype(np.int64) * np.arange(1, TOP_K + 1)
             values_T = (values_T + weighted.sum(axis=1)) % PRIME
-        return Forward(logits_RV=self._logits(values_T[batch.logits_rows_R]), any_work=any_work)
+        return Forward(
+            logits_RV=self._logits(values_T[batch.logits_rows_R]),
+            any_work=any_work,
+            all_know_next=all_know_next,
+        )
 
     def _attend(self, batch: StepBatch) -> NDArray[np.int64]:
         places = [

@@ -121,7 +121,11 @@ class ToyModel:
         x_TH = np.zeros((batch.num_tokens, HIDDEN), dtype=np.float32)
         dispatched = exchange.dispatch(0, x_TH, np.zeros((batch.num_tokens, 1), dtype=np.int32))
         exchange.combine(0, np.zeros((len(dispatched.rows_N), HIDDEN), dtype=np.float32))
-        return Forward(logits_RV=self.logits(batch), any_work=dispatched.any_work)
+        return Forward(
+            logits_RV=self.logits(batch),
+            any_work=dispatched.any_work,
+            all_know_next=dispatched.all_know_next,
+        )
 
     def _cell(self, batch: StepBatch, t: int, position: int) -> tuple[int, int]:
         block = int(batch.block_tables_SB[batch.sequence_T[t], position // self.block_tokens])
