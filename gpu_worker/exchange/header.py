@@ -119,7 +119,7 @@ def read_header(
     sender: Member,
 ) -> Header | None:
     """None if the message is not complete, or not this sender's under `stamp`."""
-    found, *fields = find_header(
+    found, num_tokens, num_rows, num_pairs, has_work, knows_next = find_header(
         message_buffer.head, own_1, int(phase), stamp, sender.rank, sender.incarnation
     )
-    return Header(*fields) if found else None
+    return Header(num_tokens, num_rows, num_pairs, has_work, knows_next) if found else None
