@@ -150,7 +150,7 @@ async def test_drain_undrain_and_scale_while_an_answer_streams(
         assert (await growing.waits_for()).startswith("rank 4 has not registered yet")
         fewer = {"ranks": 4, "grace_s": 0, "request_id": "fewer"}
         async with admin_api(cluster) as http, http.post("scale", json=fewer) as response:
-            assert response.status == 200, await response.text()
+            assert response.status == 202, await response.text()
         answer = await growing.ends(EXIT_FAILED)
         assert not answer["done"]
         assert answer["result"] == (
