@@ -9,6 +9,9 @@ and no newer map is here. Then the hardware never pauses. If nothing is in fligh
     in no map yet, or behind it     sleeps until a newer map is here
     behind it for STRANDED_S        posts Stranded and returns
     a map that it may not adopt yet goes on under the old one, as far as the runner lets it
+    a planned map                   goes on under the old one until a step that all members began
+                                    knowing of it is committed: all adopt it then. At once if it is
+                                    asleep, held or behind, or the map has waited long
     in a map that leaves us out     posts Fenced and returns
     held                            posts Held; sleeps until a map newer than the hold is here
     awake                           runs the next step
@@ -118,6 +121,7 @@ class Engine:
         self._behind_since = 0.0
         self._held_epoch = Epoch(0)  # no map up to this one may be run under
         self._asleep = False
+        self._agreed_epoch = Epoch(0)  # all adopt the map of this epoch now
         self._in_flight: deque[StepPlan] = deque()  # begun and not ended
         self._last_wake = (Epoch(0), Step(0))
         self._adoptions = AdoptionLog()
@@ -228,7 +232,22 @@ class Engine:
     def _is_fenced(self) -> bool:
         """Whether the newest map leaves this rank out, after it was in an earlier one."""
         newest = self._newest
-        return self._epoch > 0 and newest is not None and not newest.expert_map.has(self._member)
+        return (
+            self._epoch > 0
+            and newest is not None
+            and not newest.expert_map.has(self._member)
+            and not self._waits_for_others()
+        )
+
+    def _waits_for_others(self) -> bool:
+        """Whether the newest map is a planned one of which some member may not know, and steps go
+        on meanwhile."""
+        newest = self._newest
+        if newest is None or newest.expert_map.epoch <= max(self._epoch, self._agreed_epoch):
+            return False
+        goes_on = self._epoch > self._held_epoch and not self._is_behind and not self._asleep
+        is_waiting = newest.expert_map.epoch > self._monitor.newest_epoch()
+        return goes_on and is_waiting and self._runner.adopts_together
 
     def _is_stranded(self) -> bool:
         return self._is_behind and self._clock.now() > self._behind_since + STRANDED_S
@@ -237,7 +256,7 @@ class Engine:
         newest = self._newest
         if newest is None or newest.expert_map.epoch <= max(self._epoch, self._held_epoch):
             return
-        if not newest.expert_map.has(self._member):
+        if not newest.expert_map.has(self._member) or self._waits_for_others():
             return
         if not self._runner.prepare_to_adopt(newest.expert_map):
             return
@@ -300,7 +319,8 @@ class Engine:
     def _begin(self, plan: StepPlan, *, has_work: bool) -> None:
         step = Step(self._step + len(self._in_flight))
         self._in_flight.append(plan)
-        self._runner.begin(self._epoch, step, plan, has_work=has_work)
+        knows_next = self._waits_for_others()
+        self._runner.begin(self._epoch, step, plan, has_work=has_work, knows_next=knows_next)
 
     def _end_step(self) -> None:
         """Waits for the first step in flight; commits or abandons it."""
@@ -333,6 +353,8 @@ class Engine:
         self._post_tokens(committed.replies)
         self._set_step(self._step + 1)
         self._asleep = not result.any_work
+        if result.all_may_adopt:
+            self._agreed_epoch = self._newest_epoch()
         self._replicator.send_offered()
 
     def _post_tokens(self, replies: dict[Origin, list[SessionTokens]]) -> None:

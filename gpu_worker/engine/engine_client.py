@@ -57,6 +57,9 @@ from shared.wire import (
 
 log = structlog.get_logger()
 
+ADOPTION_PATIENCE_S = 0.5
+"""For so long a planned map waits for members that have not heard of it, while steps go on. One
+that leaves waits twice as long: the others go on without it then, and it is not they who wait."""
 WAKE_STEPS_AHEAD_MAX = 64
 """Ranks step together, so that a peer is a step or two ahead at most."""
 
@@ -227,6 +230,7 @@ class EngineClient:
         """Perhaps the peer has died; a verdict decides. Until then no step is begun ahead."""
         self._broken_links.add(peer)
         self._update_may_run_ahead()
+        self._inbox.end_patience()  # it may be one with whom no step can be completed any more
 
     def _update_may_run_ahead(self) -> None:
         self._inbox.may_run_ahead = self._broken_links.isdisjoint(self._members)
@@ -242,7 +246,11 @@ class EngineClient:
         self._broken_links.intersection_update(self._members)
         self._update_may_run_ahead()
         self._on_epoch_known(expert_map.epoch)
-        self._inbox.put(NewMap(expert_map=expert_map, seen_at=self._clock.now()))
+        now, waits_until = self._clock.now(), 0.0
+        if expert_map.is_planned and not self.counts_graphs:
+            stays = expert_map.has(self._member)
+            waits_until = now + ADOPTION_PATIENCE_S * (1 if stays else 2)
+        self._inbox.put(NewMap(expert_map=expert_map, seen_at=now, waits_until=waits_until))
 
     def hold(self, epoch: Epoch) -> None:
         """Answered by the callback `held`."""

@@ -49,6 +49,9 @@ class EngineMonitor:
         return max(0.0, (now - max(self._beat_at, self._cpu_at)) * 1000)
 
     def newest_epoch(self) -> Epoch:
+        waiting = self._inbox.waiting
+        if waiting is not None and self._clock.now() >= waiting.waits_until:
+            self._inbox.end_patience()
         return self._inbox.newest_epoch
 
     def beat(self, waiting_for: Sequence[RankId]) -> None:

@@ -14,7 +14,7 @@ from gpu_worker.engine import scheduler
 from shared.codec import pack
 from shared.desired_state import DesiredState, Drain
 from shared.types import RankId, SamplingParams
-from shared.wire import SessionTokens
+from shared.wire import SessionTokens, StatusQuery, StatusReply
 from tests.sim.cluster import ClientSession, SimCluster, SimClusterSizes
 from tests.sim.schedules import check_sessions, run_scenario
 from tests.sim.sim_card import CardSizes
@@ -55,6 +55,39 @@ def test_a_drained_ranks_sessions_move_and_wait_for_nothing(
         assert max(s.longest_gap_s for s in there) <= 2 * usual_s + 0.02
 
     run_scenario(scenario, seed, sizes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_step_is_thrown_away_for_a_rank_that_leaves_or_comes_back(seed: int) -> None:
+    """All adopt such a map after the same step, however late one of them hears of it."""
+
+    async def scenario(cluster: SimCluster) -> None:
+        for first in range(8):
+            cluster.send((first, *range(10)), 2 * NUM_TOKENS)
+        sessions = [session_of(client) for client in cluster.clients]
+        await cluster.until(lambda: min(len(s.emitted) for s in sessions) > 10, 20.0)
+        drain = Drain(rank=RankId(1), requested_at=cluster.clock.wall(), grace_s=0.05)
+        for drains in ((drain,), ()):
+            desired = DesiredState(drains=drains)
+            await cluster.store("host-plane-0").put(cluster.keys.desired, pack(desired))
+            wanted = {rank for rank in range(4) if not drains or rank != 1}
+            await cluster.until(lambda wanted=wanted: ranks_in_map(cluster) == wanted, 20.0)
+        assert not cluster.all_ended(), "the sessions ended too soon to notice anything"
+        assert [status_of(cluster, rank).steps_abandoned for rank in (0, 2, 3)] == [0, 0, 0]
+        await cluster.until(cluster.all_ended, 120.0)
+        check_sessions(cluster)
+
+    run_scenario(scenario, seed, SimClusterSizes())
+
+
+def ranks_in_map(cluster: SimCluster) -> set[int]:
+    return {member.rank for member in cluster.gateway.view.members}
+
+
+def status_of(cluster: SimCluster, rank: int) -> StatusReply:
+    member = cluster.agents[rank].member
+    assert member is not None
+    return cluster.ranks[member]._rank._engine.status(StatusQuery(nonce=1))
 
 
 def session_of(client: ClientSession) -> StreamSession:

@@ -40,6 +40,7 @@ class _Message:
     pair_slots: NDArray[np.int32]
     num_tokens: int = 0
     has_work: bool = False
+    knows_next: bool = False
 
 
 class LocalHub:
@@ -71,11 +72,12 @@ class LocalHub:
                 raise StepAbandoned(f"rank {source.rank} has left epoch {place.epoch}")
             return message
 
-    def forget_sender(self, source: Member) -> None:
-        """Drops messages of `source` that nobody has taken."""
+    def forget_sender(self, source: Member, before: Epoch) -> None:
+        """Drops messages of `source` from earlier epochs that nobody has taken."""
         with self._sent:
             for key in [key for key in self._mailboxes if key[0] == source]:
-                del self._mailboxes[key]
+                kept = {p: m for p, m in self._mailboxes[key].items() if p.epoch >= before}
+                self._mailboxes[key] = kept
 
     def park(self) -> None:
         """Waits a moment for new messages. Called without the lock."""
@@ -94,20 +96,27 @@ class LocalExchange:
         self._choice: ReplicaChoice | None = None
         self._place = _Place(Epoch(0), Step(0), 0, False)
         self._num_tokens = 0
-        self._has_work = False
+        self._has_work = self._knows_next = False
         self._pairs_of: dict[RankId, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._num_received: list[int] = []
 
     def adopt(self, expert_map: ExpertMap) -> None:
         assert expert_map.has(self._member), f"{self._member} is no member of the map"
-        self._hub.forget_sender(self._member)
+        # A slower peer may still take what it was sent in the last step.
+        self._hub.forget_sender(self._member, before=self._place.epoch)
         self._members = sorted(expert_map.members)
         self._choice = choose_replicas(expert_map, self._member.rank)
 
-    def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
+    @property
+    def may_change_map(self) -> bool:
+        return True
+
+    def begin_step(
+        self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool, knows_next: bool = False
+    ) -> None:
         self._place = _Place(epoch, step, 0, False)
         self._num_tokens = num_tokens
-        self._has_work = has_work
+        self._has_work, self._knows_next = has_work, knows_next
         self._wait_policy.begin_step(epoch, step)
 
     def dispatch(
@@ -129,6 +138,7 @@ class LocalExchange:
                 pair_slots=slot_TK[token_N, k_N],
                 num_tokens=self._num_tokens,
                 has_work=self._has_work,
+                knows_next=self._knows_next,
             )
             self._hub.send(self._member, member, self._place, message)
         received = self._receive(self._members)
@@ -142,6 +152,7 @@ class LocalExchange:
             slots_N=np.concatenate([m.pair_slots for m in received]),
             any_tokens=any(m.num_tokens > 0 for m in received),
             any_work=any(m.has_work for m in received),
+            all_know_next=all(m.knows_next for m in received),
         )
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
