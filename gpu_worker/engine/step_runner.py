@@ -20,12 +20,14 @@ from shared.types import Epoch, Step
 class StepResult(NamedTuple):
     """`ids[i]` is the token of the plan's sampled sequence i, or `sampler.NO_TOKEN`. `any_work` is
     false if all members sleep after this step. `all_may_adopt`: all know of the next map, and adopt
-    it now. Both are the same on every rank."""
+    it now; `all_pad`: they know, and do so after one more step, without tokens. These are the same
+    on every rank."""
 
     ids: list[int]
     scores: StepScores
     any_work: bool
     all_may_adopt: bool = False
+    all_pad: bool = False
 
 
 class StepRunner(Protocol):
@@ -155,5 +157,11 @@ class ModelRunner:
         forward = self._model.forward(plan.batch, self._exchange)
         ids = sample(forward.logits_RV, plan.draws)
         scores = score_step(plan, forward.logits_RV, ids)
-        all_may_adopt = forward.all_know_next and self._exchange.may_change_map
-        return StepResult(ids, scores, forward.any_work, all_may_adopt)
+        all_know, may_change = forward.all_know_next, self._exchange.may_change_map
+        return StepResult(
+            ids,
+            scores,
+            forward.any_work,
+            all_may_adopt=all_know and may_change,
+            all_pad=all_know and not may_change,
+        )
