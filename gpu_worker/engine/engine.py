@@ -122,6 +122,7 @@ class Engine:
         self._held_epoch = Epoch(0)  # no map up to this one may be run under
         self._asleep = False
         self._agreed_epoch = Epoch(0)  # all adopt the map of this epoch now
+        self._pads = False  # all run a step without tokens next
         self._in_flight: deque[StepPlan] = deque()  # begun and not ended
         self._last_wake = (Epoch(0), Step(0))
         self._adoptions = AdoptionLog()
@@ -274,8 +275,7 @@ class Engine:
             now=self._clock.now(),
             abandoned=self._is_behind,
         )
-        self._is_behind = False
-        self._asleep = False
+        self._is_behind = self._asleep = self._pads = False
         self._post(Adopted(expert_map=newest.expert_map, adoption=adoption))
 
     def _try_claim_step(self) -> bool:
@@ -295,7 +295,8 @@ class Engine:
     def _begin_step(self) -> None:
         has_work = self._scheduler.has_work
         self._scheduler.tenants_elsewhere = self._inbox.tenants
-        plan = self._scheduler.plan(self._clock.now())
+        scheduler = self._scheduler
+        plan = scheduler.plan_nothing() if self._pads else scheduler.plan(self._clock.now())
         self._monitor.beat(())
         self._begin(plan, has_work=has_work)
         if not self._runner.can_run_ahead_of(plan):
@@ -330,6 +331,7 @@ class Engine:
             while self._in_flight:
                 self._scheduler.abandon(self._in_flight.pop())
             self._steps_abandoned += 1
+            self._pads = False
             self._fall_behind()
             return
         self._commit(self._in_flight.popleft(), result)
@@ -353,6 +355,7 @@ class Engine:
         self._post_tokens(committed.replies)
         self._set_step(self._step + 1)
         self._asleep = not result.any_work
+        self._pads = result.all_pad
         if result.all_may_adopt:
             self._agreed_epoch = self._newest_epoch()
         self._replicator.send_offered()

@@ -21,14 +21,15 @@ from shared.types import Epoch, Step
 class StepResult(NamedTuple):
     """`ids[i]` is the token of the plan's sampled sequence i, or `sampler.NO_TOKEN`. `any_work` is
     false if all members sleep after this step. `drafts[i]` is a guess of what follows `ids[i]`.
-    `all_may_adopt`: all know of the next map, and adopt it now. The same on every rank, but for the
-    tokens."""
+    `all_may_adopt`: all know of the next map, and adopt it now; `all_pad`: they know, and do so
+    after one more step, without tokens. But for tokens and guesses it is the same on every rank."""
 
     ids: list[int]
     scores: StepScores
     any_work: bool
     drafts: Mapping[int, int] = NO_DRAFTS
     all_may_adopt: bool = False
+    all_pad: bool = False
 
 
 class StepRunner(Protocol):
@@ -163,5 +164,12 @@ class ModelRunner:
         drafts: Mapping[int, int] = NO_DRAFTS
         if self._drafts is not None and forward.any_tokens:
             drafts = draft_step(self._drafts, self._exchange, plan, ids)
-        all_may_adopt = forward.all_know_next and self._exchange.may_change_map
-        return StepResult(ids, scores, forward.any_work, drafts, all_may_adopt)
+        all_know, may_change = forward.all_know_next, self._exchange.may_change_map
+        return StepResult(
+            ids,
+            scores,
+            forward.any_work,
+            drafts,
+            all_may_adopt=all_know and may_change,
+            all_pad=all_know and not may_change,
+        )

@@ -70,7 +70,8 @@ class Exchange(Protocol):
     @property
     def may_change_map(self) -> bool:
         """Whether, after the step that was committed last, the first messages under another map
-        leave those alone that a slower peer may still have to read. The same on every rank."""
+        leave those alone that a slower peer may still have to read. The same on every rank; if not,
+        it is so after a step without tokens."""
         ...
 
     def dispatch(

@@ -301,6 +301,7 @@ def test_a_planned_map_is_adopted_after_the_step_in_which_all_know_of_it(member:
     epochs = [epoch for epoch, *_ in exchange.begun]
     assert epochs[:6] == [1] * 6
     assert set(epochs[6:]) == {2}
+    assert exchange.begun[5][2] == 0, "a step without tokens, as the exchange could not change yet"
     assert exchange.knew_next[:7] == [False, False, False, True, True, True, False]
     snapshot = member.engine.snapshot()
     assert snapshot.steps_abandoned == 0
