@@ -42,7 +42,9 @@ RUN python -m venv /opt/venv && python -m venv /opt/sbom \
     && PATH=/opt/sbom/bin:$PATH requirements/install_locked.sh requirements/sbom.lock
 
 # Dependencies in layers of their own, that changes of ours leave alone. torch's build for CPUs is
-# in an index of its own: --build-arg TORCH_INDEX=… names it, if pip's default index is another.
+# in an index of its own: --build-arg TORCH_INDEX=… names it, if pip's default index is another. The
+# shim and numba's compiled kernels, minutes of work, lie beside their source, and in a layer that
+# changes of other services leave alone.
 FROM build AS build-cpu
 
 ARG TORCH_INDEX=
@@ -50,6 +52,9 @@ COPY requirements/torch-cpu.lock requirements/
 RUN requirements/install_locked.sh requirements/torch-cpu.lock ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 COPY requirements/cpu.lock requirements/
 RUN requirements/install_locked.sh requirements/cpu.lock
+COPY shared shared
+COPY gpu_worker gpu_worker
+RUN python -m shared.confinement && python -m gpu_worker.model_tools warm-up
 COPY . .
 RUN requirements/install_project.sh torch/bin torch/include torch/test \
       mooncake/mooncake_client mooncake/mooncake_master mooncake/transfer_engine_bench
@@ -65,6 +70,9 @@ FROM build AS build-cuda
 
 COPY requirements/cuda.lock requirements/
 RUN requirements/install_locked.sh requirements/cuda.lock
+COPY shared shared
+COPY gpu_worker gpu_worker
+RUN python -m shared.confinement && python -m gpu_worker.model_tools warm-up
 COPY . .
 RUN requirements/install_project.sh torch/bin torch/test \
       mooncake/mooncake_client mooncake/mooncake_master mooncake/transfer_engine_bench

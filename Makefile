@@ -116,9 +116,9 @@ lock: install ## Renew requirements/*.lock, from which the images install
 	$(call say,locks)
 	$(BIN)/python tests/compose/write_locks.py
 
-test-compose: install ## The containers on a real engine of its own (root; needs dockerd, mmdebstrap)
+test-compose: install ## The containers on a real engine of its own (root; FORMS="host cluster", KEEP=folder for its layers)
 	$(call say,containers)
-	tests/compose/run.sh
+	tests/compose/run.sh $(BIN)
 
 release-wheel: install ## The wheel of this commit into tests/releases/, in place of the last release's
 	rm -f tests/releases/*.whl

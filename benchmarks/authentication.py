@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import statistics
 import tempfile
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +112,14 @@ async def run(options: argparse.Namespace) -> None:
     report(used, options)
 
 
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """Where the geometric mean lies with 95 %."""
+    logs = [math.log(ratio) for ratio in ratios]
+    error = 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
+    mean = statistics.fmean(logs)
+    return math.exp(mean - error), math.exp(mean + error)
+
+
 def report(used: dict[bool, list[float]], options: argparse.Namespace) -> None:
     num_tokens = options.streams * options.tokens
     for which, name in ((False, "without"), (True, "with")):
@@ -120,6 +130,8 @@ def report(used: dict[bool, list[float]], options: argparse.Namespace) -> None:
         )
     ratios = [on / off for off, on in zip(used[False], used[True], strict=True)]
     of_medians = statistics.median(used[True]) / statistics.median(used[False])
+    low, high = interval(ratios)
+    print(f"95 % interval of the rounds' mean: {low:.4f} … {high:.4f}")
     print(
         f"with / without: medians {of_medians:.4f}, of rounds {percentile(ratios, 25):.3f} … "
         f"{statistics.median(ratios):.3f} … {percentile(ratios, 75):.3f} "

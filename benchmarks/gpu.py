@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu --out FOLDER
 
-It has random bf16 weights of Qwen3-30B-A3B's shape, or of DeepSeek-V3's with small experts
-(`--shape`). It measures decode tokens/s by batch size as a share of the roofline, the cost of batch
-invariance, prefill, loads of slots beside decode, and tiles of kernels; for Qwen3 also
-transformers' generate on the same weights. Correctness is tested in tests/gpu.
+It has random bf16 weights of Qwen3-30B-A3B's shape, of gpt-oss-20b's, or of DeepSeek-V3's with
+small experts (`--shape`). It measures decode tokens/s by batch size as a share of the roofline, the
+cost of batch invariance, prefill, loads of slots beside decode, and tiles of kernels; for Qwen3
+also transformers' generate on the same weights. Correctness is tested in tests/gpu.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_shapes import SHAPES
-from gpu_worker.checkpoint.gqa_shape import GqaShape
+from gpu_worker.checkpoint.mla_shape import MlaShape
+from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 
 CONTEXT = 512
@@ -37,17 +38,27 @@ HOST_STEPS = 40
 
 class GpuBench:
     def __init__(
-        self, sizes: DecoderSizes, *, scaled: bool = False, scaled_shared: bool = False
+        self,
+        sizes: DecoderSizes,
+        *,
+        slots: CudaSlots | None = None,
+        scaled: bool = False,
+        scaled_shared: bool = False,
     ) -> None:
-        """With `scaled`, experts are in block-scaled FP8; with `scaled_shared`, the shared weights
-        that checkpoints quantise are, too."""
-        from gpu_worker.cuda.experts.slots import CudaSlots
+        """With `scaled`, experts are in block-scaled FP8, unless `slots` has them already; with
+        `scaled_shared`, the shared weights that checkpoints quantise are, too."""
         from gpu_worker.cuda.weights.random_weights import random_weights
 
         self.device = torch.device("cuda")
         torch.manual_seed(0)
         self.sizes = sizes
-        self.weights = random_weights(self.sizes, self.device, torch.bfloat16, scaled=scaled_shared)
+        is_gpt_oss = sizes.clamped_experts
+        self.weights = random_weights(
+            self.sizes, self.device, torch.bfloat16, scaled=scaled_shared, biased=is_gpt_oss
+        )
+        if slots is not None:
+            self.slots = slots
+            return
         self.slots = CudaSlots(
             num_layers=sizes.num_moe_layers,
             slots_per_rank=self.sizes.num_experts + SPARE_SLOTS,
@@ -55,6 +66,7 @@ class GpuBench:
             inner_size=self.sizes.inner_size,
             device=self.device,
             scaled=scaled,
+            biased=is_gpt_oss,
         )
         self.slots.fill_randomly(self.sizes.num_experts, std=0.02)
 
@@ -78,7 +90,12 @@ class GpuBench:
             prefill_sequences=1,
             **options,
         )
-        moe = LocalMoe(self.slots, top_k=self.sizes.top_k, step_tokens_max=prefill_tokens)
+        moe = LocalMoe(
+            self.slots,
+            top_k=self.sizes.top_k,
+            step_tokens_max=prefill_tokens,
+            clamped=self.sizes.clamped_experts,
+        )
         decoder = Decoder(self.sizes, self.weights, moe, settings)
         table = np.arange(self.sizes.num_experts, dtype=np.int32)
         decoder.use_slots(np.tile(table, (self.sizes.num_moe_layers, 1, 1)))
@@ -207,15 +224,15 @@ def refill(bench: GpuBench, decoder: Any, link_gb_per_s: float) -> dict[str, Any
 
     from gpu_worker.cuda.experts.slots import SlotUpload
 
-    values = (
-        torch.empty(16, bench.sizes.num_expert_weights, dtype=torch.bfloat16).normal_().pin_memory()
-    )
+    num_values = bench.slots.form.num_bytes // 2
+    values = torch.empty(16, num_values, dtype=torch.bfloat16).normal_().pin_memory()
+    values = values.view(bench.slots.form.flat_dtype)
     uploads = [
         SlotUpload(layer, bench.sizes.num_experts + spare, spare, values[(layer + spare) % 16])
         for layer in range(bench.sizes.num_moe_layers)
         for spare in range(SPARE_SLOTS)
     ]
-    gigabytes = len(uploads) * bench.sizes.num_expert_weights * 2 / 1e9
+    gigabytes = len(uploads) * bench.slots.form.num_bytes / 1e9
 
     def rate() -> float:
         began = time.perf_counter()
@@ -343,9 +360,10 @@ def measure(report: Report, sizes: DecoderSizes, sections: set[str]) -> None:
         _measure_prefill(report, bench)
     if "free" in sections:
         _measure_free(report, bench, copy)
-    is_qwen = isinstance(sizes.attention, GqaShape)
+    is_latent = isinstance(sizes.attention, MlaShape)
+    is_qwen = not is_latent and not sizes.clamped_experts
     if "kernels" in sections:
-        (_measure_kernels if is_qwen else _measure_latent_kernels)(report, bench)
+        (_measure_latent_kernels if is_latent else _measure_kernels)(report, bench)
     if "transformers" in sections and is_qwen:
         report.run("transformers_32", lambda: transformers_rate(bench, 32))
 

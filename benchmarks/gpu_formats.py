@@ -28,11 +28,6 @@ from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 BATCHES = (1, 8, 32, 128)
 ROUNDS = 3
 PREFILL_ROUNDS = 1
-FORMATS = {
-    "bf16": {},
-    "fp8_experts": {"scaled": True},
-    "fp8": {"scaled": True, "scaled_shared": True},
-}
 
 
 def decode_by_format(
@@ -80,7 +75,12 @@ def measure(report: Report, sizes: DecoderSizes, sections: set[str]) -> None:
     report.run("card", lambda: {"name": properties.name, "torch": torch.__version__})
     copy = report.run("copy_tb_per_s", copy_rate)
     torch.cuda.empty_cache()
-    benches = {name: GpuBench(sizes, **options) for name, options in FORMATS.items()}
+    with_experts = GpuBench(sizes, scaled=True)
+    benches = {
+        "bf16": GpuBench(sizes),
+        "fp8_experts": with_experts,
+        "fp8": GpuBench(sizes, slots=with_experts.slots, scaled_shared=True),
+    }
     if "tiles" in sections:
         _measure_tiles(report, benches["fp8"])
     if "decode" in sections:
@@ -103,8 +103,10 @@ def _measure_tiles(report: Report, bench: GpuBench) -> None:
     from benchmarks.gpu_scaled_kernels import ScaledSweep
 
     sweep = ScaledSweep(bench.sizes, bench.slots)
+    outputs = [layer.w_o_HO for layer in bench.weights.layers]
     for tokens in (*BATCHES, 4096):
         report.run(f"tiles_{tokens}", partial(sweep.tiles, tokens))
+        report.run(f"linear_{tokens}", partial(sweep.linear, tokens, outputs))
 
 
 def main() -> None:

@@ -53,12 +53,12 @@ class Rank:
         shapes = save_experts(folder, num_layers, num_experts)
         checkpoint = open_checkpoint(folder, shapes, self._progress.count)
         self.reader = ExpertReader(checkpoint, prefix_of, torch.bfloat16)
-        self.num_bytes = num_layers * num_experts * self.reader.num_bytes
+        self.num_bytes = num_layers * num_experts * self.reader.form.num_bytes
         self._header = ExpertCacheHeader(
             folder=str(folder),
             fingerprint=checkpoint.fingerprint(),
-            dtype=str(self.reader.dtype),
-            num_values=self.reader.num_values,
+            dtype=str(self.reader.form.dtype),
+            num_values=self.reader.form.num_values,
             num_layers=num_layers,
             num_experts=num_experts,
         )
@@ -89,7 +89,7 @@ class Rank:
         held_LS = loader.load(wanted_LS)
         took_s = time.perf_counter() - began
         assert np.array_equal(held_LS, wanted_LS)
-        return wanted_LS.size * self.reader.num_bytes / GB / took_s
+        return wanted_LS.size * self.reader.form.num_bytes / GB / took_s
 
     def open_copies(self) -> HostExperts:
         """None is complete; all are pinned."""

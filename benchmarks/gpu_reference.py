@@ -12,6 +12,7 @@ from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights, GqaWeights, MoeWeights
+from gpu_worker.cuda.weights.scaled_blocks import plain
 
 
 def reference_model(
@@ -89,14 +90,14 @@ def _tensors(
         own, mlp = layer.attention, layer.mlp
         assert isinstance(own, GqaWeights), "Qwen3-MoE's"
         assert isinstance(mlp, MoeWeights), "Qwen3-MoE's"
-        q, k, v = own.w_qkv_CH.split([shape.q_size, shape.kv_size, shape.kv_size])
+        q, k, v = plain(own.w_qkv_CH).split([shape.q_size, shape.kv_size, shape.kv_size])
         tensors |= {
             f"{prefix}.self_attn.q_proj.weight": q,
             f"{prefix}.self_attn.k_proj.weight": k,
             f"{prefix}.self_attn.v_proj.weight": v,
-            f"{prefix}.self_attn.o_proj.weight": layer.w_o_HO,
-            f"{prefix}.self_attn.q_norm.weight": own.q_norm_D,
-            f"{prefix}.self_attn.k_norm.weight": own.k_norm_D,
+            f"{prefix}.self_attn.o_proj.weight": plain(layer.w_o_HO),
+            f"{prefix}.self_attn.q_norm.weight": own.q_norm,
+            f"{prefix}.self_attn.k_norm.weight": own.k_norm,
             f"{prefix}.input_layernorm.weight": layer.input_norm_H,
             f"{prefix}.post_attention_layernorm.weight": layer.mlp_norm_H,
             f"{prefix}.mlp.gate.weight": mlp.w_router_EH,

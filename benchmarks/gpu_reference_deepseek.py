@@ -18,6 +18,7 @@ from gpu_worker.cuda.weights.decoder_weights import (
     MlpWeights,
     MoeWeights,
 )
+from gpu_worker.cuda.weights.scaled_blocks import plain
 
 
 def deepseek_reference(
@@ -46,7 +47,7 @@ def deepseek_reference(
         tensors |= {
             f"{prefix}.input_layernorm.weight": own.input_norm_H,
             f"{prefix}.post_attention_layernorm.weight": own.mlp_norm_H,
-            f"{prefix}.self_attn.o_proj.weight": own.w_o_HO,
+            f"{prefix}.self_attn.o_proj.weight": plain(own.w_o_HO),
         }
         tensors |= _attention(f"{prefix}.self_attn", shape, own.attention)
         if isinstance(own.mlp, MlpWeights):
@@ -98,7 +99,7 @@ def _config(sizes: DecoderSizes) -> dict[str, Any]:
 
 def _attention(prefix: str, shape: MlaShape, own: MlaWeights) -> dict[str, Tensor]:
     q_size = shape.q_lora_rank or shape.q_size
-    q_in, kv_a = own.w_in_CH.split([q_size, shape.rank + shape.qk_rope_head_dim])
+    q_in, kv_a = plain(own.w_in_CH).split([q_size, shape.rank + shape.qk_rope_head_dim])
     kv_b_AER = torch.cat([own.w_uk_ARF.transpose(1, 2), own.w_uv_AGR], dim=1)
     tensors = {
         f"{prefix}.kv_a_proj_with_mqa.weight": kv_a,
@@ -110,16 +111,16 @@ def _attention(prefix: str, shape: MlaShape, own: MlaWeights) -> dict[str, Tenso
     return tensors | {
         f"{prefix}.q_a_proj.weight": q_in,
         f"{prefix}.q_a_layernorm.weight": own.q_norm_M,
-        f"{prefix}.q_b_proj.weight": own.w_q_NM,
+        f"{prefix}.q_b_proj.weight": plain(own.w_q_NM),
     }
 
 
 def _mlp(prefix: str, own: MlpWeights) -> dict[str, Tensor]:
-    gate, up = own.w_gate_up_JH.chunk(2)
+    gate, up = plain(own.w_gate_up_JH).chunk(2)
     return {
         f"{prefix}.gate_proj.weight": gate,
         f"{prefix}.up_proj.weight": up,
-        f"{prefix}.down_proj.weight": own.w_down_HI,
+        f"{prefix}.down_proj.weight": plain(own.w_down_HI),
     }
 
 

@@ -3,7 +3,7 @@ weight is in the card's cache. Part of `benchmarks.gpu_formats`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,21 +12,30 @@ from torch import Tensor
 
 from benchmarks.gpu_kernels import graph_ms, random_slots
 from gpu_worker.cuda.experts.slots import CudaSlots
-from gpu_worker.cuda.kernels import pair_order, routing, scaled_experts
+from gpu_worker.cuda.kernels import pair_order, routing, scaled_experts, scaled_linear
 from gpu_worker.cuda.kernels.experts import Rows
+from gpu_worker.cuda.kernels.linear import PARTS_ROWS_MAX, num_parts
 from gpu_worker.cuda.kernels.scaled_operands import ScaledTile
 from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
-from gpu_worker.cuda.weights.scaled_blocks import ScaledBlocks
+from gpu_worker.cuda.weights.scaled_blocks import Matrix, ScaledBlocks
 
 SHORT_TILES = (
+    ScaledTile(64, 4, 2),
     ScaledTile(64, 4, 3),
-    ScaledTile(64, 4, 5),
-    ScaledTile(64, 4, 7),
-    ScaledTile(128, 8, 4),
-    ScaledTile(128, 4, 4),
+    ScaledTile(64, 4, 2, unroll=2),
+    ScaledTile(64, 4, 3, unroll=2),
+    ScaledTile(64, 4, 2, unroll=4),
+    ScaledTile(128, 4, 2),
 )
-TALL_TILES = (ScaledTile(128, 8, 3), ScaledTile(128, 8, 4), ScaledTile(64, 4, 3))
+TALL_TILES = (
+    ScaledTile(64, 4, 2),
+    ScaledTile(64, 4, 3),
+    ScaledTile(64, 4, 4),
+    ScaledTile(64, 8, 2),
+    ScaledTile(64, 8, 3),
+    ScaledTile(128, 8, 3),
+)
 _UNGROUPED_TOKENS_MAX = 4
 
 
@@ -63,6 +72,25 @@ class ScaledSweep:
             "gate_up": self._sweep(up, tiles, 2 * nbytes / 3, 2 * work / 3),
             "down": self._sweep(down, tiles, nbytes / 3, work / 3),
         }
+
+    def linear(self, tokens: int, matrices: Sequence[Matrix]) -> dict[str, Any]:
+        """Of one matrix of every layer, in FP8."""
+        rows, inner = matrices[0].shape
+        x = torch.randn(tokens, inner, device=self._device).bfloat16()
+        parts = num_parts(inner)
+        few = torch.zeros(parts, tokens, rows, device=self._device)
+
+        def run(tile: ScaledTile) -> None:
+            for w_NK in matrices:
+                assert isinstance(w_NK, ScaledBlocks), "the weights are not in FP8"
+                if tokens > PARTS_ROWS_MAX:
+                    scaled_linear.linear_whole(x, w_NK, few[0], parts=parts, tile=tile)
+                else:
+                    scaled_linear.linear_parts(x, w_NK, few, tile=tile)
+
+        tiles = TALL_TILES if tokens > PARTS_ROWS_MAX else SHORT_TILES
+        values = len(matrices) * rows * inner
+        return self._sweep(run, tiles, values, 2 * tokens * values)
 
     def _weights(self, layer: int) -> tuple[ScaledBlocks, ScaledBlocks]:
         gate_up, down = self._slots.gate_up(layer), self._slots.down(layer)

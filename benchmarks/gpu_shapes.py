@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape
+from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, QK_NORM_NONE, GqaShape
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.checkpoint.rope import Rope
 from gpu_worker.cuda.weights.checkpoint_layouts import CHECKPOINT_LAYOUTS
@@ -70,9 +70,40 @@ def deepseek_small(layers: int | None) -> DecoderSizes:
     )
 
 
+def gpt_oss_20b(layers: int | None) -> DecoderSizes:
+    """gpt-oss-20b, complete."""
+    layers = layers or 24
+    return DecoderSizes(
+        num_layers=layers,
+        hidden_size=2880,
+        vocab_size=201_088,
+        attention=GqaShape(num_heads=64, num_kv_heads=8, head_dim=64, qk_norm=QK_NORM_NONE),
+        rope=Rope(
+            theta=150_000.0,
+            kind="yarn",
+            scaling={
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "truncate": False,
+            },
+            context_tokens_max=131_072,
+        ),
+        moe_layers=tuple(range(layers)),
+        num_experts=32,
+        top_k=4,
+        inner_size=2880,
+        norm_eps=1e-5,
+        windows=tuple(0 if layer % 2 else 128 for layer in range(layers)),
+        clamped_experts=True,
+    )
+
+
 SHAPES: dict[str, Callable[[int | None], DecoderSizes]] = {
     "qwen3-30b": qwen3_30b,
     "deepseek-small": deepseek_small,
+    "gpt-oss-20b": gpt_oss_20b,
 }
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {

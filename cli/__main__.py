@@ -43,7 +43,7 @@ add_service_commands(app)
 @flags_from_dataclasses
 def up(options: UpOptions) -> None:
     """Start a whole instance on this host, show one completion, serve until Ctrl-C."""
-    from cli.up.instance_driver import run_up
+    from cli.up.run import run_up
 
     run_command(run_up(options, Console()))
 

@@ -185,6 +185,7 @@ class SessionTable:
             if message.error is None and message.finish is None:
                 num_added += self._apply_tokens(session, member, message, now, actions)
             else:
+                actions = _without_notice_of(session, actions)
                 actions += self._on_message(session, member, message, now)
             num_generated += len(session.emitted)
         self._generated[member.rank] += num_generated
@@ -349,3 +350,8 @@ class SessionTable:
 
 def _urgency(session: StreamSession) -> tuple[bool, int, float]:
     return (not session.emitted, session.scheduling.priority, session.opened_at)
+
+
+def _without_notice_of(session: StreamSession, actions: list[Action]) -> list[Action]:
+    """A session whose tokens and end come in one frame is reported once, by its end."""
+    return [a for a in actions if not (isinstance(a, NotifyReader) and a.session is session)]

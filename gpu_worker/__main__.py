@@ -26,7 +26,7 @@ from gpu_worker.kv_replication.writer import ReplicaWriter
 from gpu_worker.rank import Hardware, KvReplication, RankParts
 from gpu_worker.rejoin import RejoiningRank
 from gpu_worker.startup_timer import StartupTimer
-from gpu_worker.step_sizes import with_step_sizes
+from gpu_worker.step_sizes import tokens_max_of_exchange, with_step_sizes
 from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
@@ -99,12 +99,17 @@ async def run_rank(config: RankConfig) -> NoReturn:
     transport = _open_replication_transport(config, spec, clock)
     timer.end_stage("kv_replication")
     on_card = uses_cuda(config, model_spec)
-    num_ranks = spec.capacity
+    # Ranks of a dense model exchange nothing, so each is as if alone.
+    num_ranks = spec.capacity if model_spec.moe_layers else 1
     require_drafts(spec, on_card=on_card)
     if on_card:
-        from gpu_worker.cuda.hardware import CudaHardware, step_tokens_with_peers
+        from gpu_worker.cuda.hardware import CudaHardware, card_share
 
-        tokens_max = step_tokens_of(peers) or step_tokens_with_peers(config, model_spec, spec)
+        tokens_max = step_tokens_of(peers)
+        if num_ranks > 1 and not tokens_max:
+            num_slots = spec.capacity * spec.slots_per_rank
+            share = card_share(config, spec)
+            tokens_max = tokens_max_of_exchange(model_spec.hidden_size, num_slots, *share)
         config = with_step_sizes(config, on_card=True, num_ranks=num_ranks, tokens_max=tokens_max)
         cuda = CudaHardware(config, member, clock, timer.end_stage)
         timer.end_stage("device")

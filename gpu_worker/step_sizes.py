@@ -24,9 +24,9 @@ _TENANT_TOKENS_OF_CPU = 4
 """A step of a CPU rank that decodes two takes twice as long with eight tokens more; one of a card
 does not."""
 
-_TENANT_HOST_ROWS_OF_CARD = 8
-"""The host takes a millisecond or two to draw one token from a large vocabulary, and a step of a
-card some tens."""
+_TENANT_HOST_ROWS_OF_CARD = 4
+"""The host takes some milliseconds to draw one token from a large vocabulary, and a step of a card
+some tens."""
 
 
 def tokens_max_of_exchange(
@@ -44,8 +44,8 @@ def with_step_sizes(
     config: RankConfig, *, on_card: bool, num_ranks: int, tokens_max: int = TOKENS_MAX
 ) -> RankConfig:
     """The configuration with the sizes of a step; that of prefill beside decodes stays 0 where it
-    has no limit. `tokens_max` is the default of cards with peers. Raises ConfigError if they
-    contradict each other."""
+    has no limit. `num_ranks` are those that exchange with each other. `tokens_max` is the default
+    of cards with peers. Raises ConfigError if sizes contradict each other."""
     default, chunk, mixed = TOKENS_MAX, _PREFILL_CHUNK_TOKENS, 0
     if on_card and num_ranks == 1:
         default = max(_TOKENS_MAX_OF_LONE_CARD, config.prefill_chunk_tokens)

@@ -1,11 +1,9 @@
 #!/bin/sh
-# install_project.sh UNUSED...: in an image's build, Starfish itself, in place: the shim and numba's
-# compiled kernels lie beside their source. Then the list of what is inside, and away with pip and
-# with what of the installed packages (paths in site-packages) no service of this image runs.
+# install_project.sh UNUSED...: in an image's build, Starfish itself, in place. Then the list of what
+# is inside, and away with pip and with what of the installed packages (paths in site-packages) no
+# service of this image runs.
 set -eu
 pip install --no-deps --no-build-isolation -e .
-python -m shared.confinement
-python -m gpu_worker.model_tools warm-up
 /opt/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
   --output-reproducible --of JSON -o sbom.cdx.json /opt/venv
 pip uninstall -y pip

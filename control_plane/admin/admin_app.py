@@ -8,66 +8,44 @@ import signal
 import ssl
 import uuid
 from functools import partial
-from typing import Protocol, TypeVar
 
 import msgspec
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from control_plane.admin.admin_control import AdminControl
 from control_plane.admin.authentication import require_token
-from control_plane.admin.bodies import ChangeBody, KillBody, digest_of
+from control_plane.admin.bodies import ChangeBody, KillBody
 from control_plane.admin.change_answer import CHANGES, WITHOUT_BODY, ChangeAnswer, answer_of
 from control_plane.admin.client_figures import ClientFigures, ClientsAnswer
 from control_plane.admin.description import ADMIN_API
 from control_plane.admin.errors import (
     ChangeRefused,
-    TookTooLong,
     error_response,
     http_error_response,
 )
 from control_plane.admin.experts import ExpertsAnswer, experts_of
 from control_plane.admin.forwarder import FORWARDED, Forwarder
-from control_plane.admin.orchestrators import (
-    ApplyAnswer,
-    ApplyBody,
-    FaultToleranceAnswer,
-    IsScalingAnswer,
-    ScaledAnswer,
-    ScaleElasticEpBody,
-    fault_tolerance_of,
-    is_scaled,
-    is_scaling_of,
-)
+from control_plane.admin.json_bodies import RAW_BODY, decode, digest_of, json_answer
+from control_plane.admin.orchestrator_routes import OrchestratorRoutes
 from control_plane.admin.page import PATH as PAGE_PATH
 from control_plane.admin.page import page_response
 from control_plane.admin.status import StatusAnswer, Survival, status_of, survival_of
-from control_plane.cluster_state import ClusterState
 from control_plane.desired_changes import Change, Refusal
-from control_plane.healing import RebalanceProgress
-from control_plane.known_requests import why_reused
-from control_plane.placement.topology import Floats
 from shared.clock import Clock
 from shared.desired_state import DesiredState
-from shared.errors import ConfigError, RequestError, StarfishError, Unavailable
+from shared.errors import ConfigError, StarfishError, Unavailable
 from shared.openapi import Endpoint, openapi_document
 from shared.rank_signal import send_to_rank
 from shared.request_body import read_body, uncoded
-from shared.types import Member
-from shared.wire import Load
 
 log = structlog.get_logger()
 
 BODY_BYTES_MAX = 64 << 10
 BODY_TIMEOUT_S = 10.0
-_POLL_S = 0.1
 _KNOWN_POLL_S = 0.005
 _KNOWN_TIMEOUT_S = 5.0
-_WAIT_BEYOND_DRAIN_S = 60.0
-"""How long a call as vLLM's waits beyond its drain_timeout: ranks that come load their experts."""
-
-_B = TypeVar("_B", bound=msgspec.Struct)
-_RAW_BODY = web.RequestKey("raw_body", bytes)
 
 
 class KillAnswer(msgspec.Struct, kw_only=True):
@@ -76,30 +54,6 @@ class KillAnswer(msgspec.Struct, kw_only=True):
     rank: int
     incarnation: int
     pid: int
-
-
-class AdminControl(Protocol):
-    """What the API needs of a control plane (`Driver`)."""
-
-    @property
-    def state(self) -> ClusterState: ...
-
-    @property
-    def leads(self) -> bool: ...
-
-    @property
-    def frozen(self) -> bool: ...
-
-    def load_of(self, member: Member) -> Load | None: ...
-
-    def expert_loads(self) -> Floats | None: ...
-
-    @property
-    def rebalance(self) -> RebalanceProgress: ...
-
-    async def change(
-        self, change: Change, *, request_id: str = "", digest: str = ""
-    ) -> DesiredState | Refusal: ...
 
 
 class AdminApp:
@@ -151,29 +105,7 @@ class AdminApp:
                 status=202,
                 needs_body=body not in WITHOUT_BODY,
             )
-        get("/v1/fault_tolerance/status", self._ft_status, "as vLLM has it", FaultToleranceAnswer)
-        post(
-            "/v1/fault_tolerance/apply",
-            self._ft_apply,
-            "as vLLM has it",
-            ApplyAnswer,
-            body=ApplyBody,
-            status=202,
-        )
-        post(
-            "/scale_elastic_ep",
-            self._scale_elastic_ep,
-            "as vLLM and SGLang have it",
-            ScaledAnswer,
-            body=ScaleElasticEpBody,
-        )
-        for add in (get, post):
-            add(
-                "/is_scaling_elastic_ep",
-                self._is_scaling,
-                "as vLLM and SGLang have it",
-                IsScalingAnswer,
-            )
+        OrchestratorRoutes(self._control, self._read_status, self._ask).add_to(get, post)
         get("/openapi.json", self._openapi, "this description", None)
         return app
 
@@ -228,7 +160,7 @@ class AdminApp:
             return page_response()
         require_token(request, self._token)
         raw = await read_body(request, BODY_BYTES_MAX, timeout_s=BODY_TIMEOUT_S)
-        request[_RAW_BODY] = await uncoded(raw, BODY_BYTES_MAX)
+        request[RAW_BODY] = await uncoded(raw, BODY_BYTES_MAX)
         return await handler(request)
 
     @web.middleware
@@ -241,7 +173,7 @@ class AdminApp:
         is_shown_only = request.path in _SHOWN
         if leader is not None and is_other and FORWARDED not in request.headers:
             try:
-                return await self._forwarder.forward(request, request[_RAW_BODY], leader.admin_url)
+                return await self._forwarder.forward(request, request[RAW_BODY], leader.admin_url)
             except Unavailable:
                 if not is_shown_only:
                     raise
@@ -255,7 +187,7 @@ class AdminApp:
     # The project's own interface.
 
     async def _status(self, request: web.Request) -> web.Response:
-        return _answer(await self._read_status())
+        return json_answer(await self._read_status())
 
     async def _read_status(self) -> StatusAnswer:
         control = self._control
@@ -272,13 +204,13 @@ class AdminApp:
     async def _experts(self, request: web.Request) -> web.Response:
         """Computed away from the event loop, as what the map survives is."""
         expert_map, loads = self._control.state.expert_map, self._control.expert_loads()
-        return _answer(await asyncio.to_thread(experts_of, expert_map, loads))
+        return json_answer(await asyncio.to_thread(experts_of, expert_map, loads))
 
     async def _clients(self, request: web.Request) -> web.Response:
-        return _answer(await self._figures.read())
+        return json_answer(await self._figures.read())
 
     async def _kill(self, request: web.Request) -> web.Response:
-        body = _decode(request, KillBody)
+        body = decode(request, KillBody)
         if not self._can_kill:
             raise ChangeRefused(
                 "nobody may kill ranks here: start the control planes with --allow-kill, or use "
@@ -295,7 +227,9 @@ class AdminApp:
             raise ChangeRefused(str(error)) from error
         peer = request.headers.get(FORWARDED) or request.remote
         log.warning("admin_killed", rank=record.rank, incarnation=record.incarnation, peer=peer)
-        return _answer(KillAnswer(rank=record.rank, incarnation=record.incarnation, pid=record.pid))
+        return json_answer(
+            KillAnswer(rank=record.rank, incarnation=record.incarnation, pid=record.pid)
+        )
 
     async def _survives(self) -> Survival | None:
         """Computed once for each map, away from the event loop: a death must not wait for it."""
@@ -309,12 +243,11 @@ class AdminApp:
     async def _change(
         self, name: str, body_type: type[ChangeBody], request: web.Request
     ) -> web.Response:
-        body = _decode(request, body_type)
+        body = decode(request, body_type)
         change = body.change(self._control.state)
-        answer = await self._ask(
-            request, name, change, body.request_id, digest_of(name, request[_RAW_BODY])
-        )
-        return _answer(answer, status=202)
+        digest = digest_of(name, request)
+        answer = await self._ask(request, name, change, body.request_id, digest)
+        return json_answer(answer, status=202)
 
     async def _ask(
         self, request: web.Request, name: str, change: Change, request_id: str, digest: str
@@ -354,81 +287,8 @@ class AdminApp:
                 "the same request_id"
             ) from None
 
-    # As other servers have it.
-
-    async def _ft_status(self, request: web.Request) -> web.Response:
-        return _answer(fault_tolerance_of(await self._read_status()))
-
-    async def _ft_apply(self, request: web.Request) -> web.Response:
-        body = _decode(request, ApplyBody)
-        name, change = f"fault_tolerance {body.instruction}", body.change()
-        digest = digest_of(name, request[_RAW_BODY])
-        if reused := why_reused(self._control.state.desired, body.request_id, digest):
-            raise ChangeRefused(reused)
-        message = "nothing to do: ranks come back by themselves"
-        if change is not None:
-            answer = await self._ask(request, name, change, body.request_id, digest)
-            message = answer.message.replace("/v1/status", "/v1/fault_tolerance/status")
-        return _answer(ApplyAnswer(message=message, request_id=body.request_id), status=202)
-
-    async def _is_scaling(self, request: web.Request) -> web.Response:
-        return _answer(await self._read_is_scaling())
-
-    async def _read_is_scaling(self) -> IsScalingAnswer:
-        spec = self._control.state.spec
-        return is_scaling_of(await self._read_status(), spec.num_ranks if spec is not None else 0)
-
-    async def _scale_elastic_ep(self, request: web.Request) -> web.Response:
-        body = _decode(request, ScaleElasticEpBody)
-        size, change = body.size, body.change()
-        old = (await self._read_is_scaling()).effective_ep_size
-        asked = await self._ask(request, "scale_elastic_ep", change, "", "")
-        if not body.waits:
-            message = f"scales from {old} to {size} ranks; /is_scaling_elastic_ep says how far"
-            return _answer(ScaledAnswer(message=message, old_ep_size=old, new_ep_size=size))
-        try:
-            async with asyncio.timeout(body.drain_timeout + _WAIT_BEYOND_DRAIN_S):
-                await self._wait_until_scaled(size, asked.change)
-        except TimeoutError:
-            raise TookTooLong(
-                f"{size} ranks were not there in time; the change goes on, and "
-                "/is_scaling_elastic_ep says how far"
-            ) from None
-        return _answer(ScaledAnswer(message=f"Scaled to {size} data parallel engines"))
-
-    async def _wait_until_scaled(self, size: int, change: int) -> None:
-        """Raises Unavailable if another control plane leads from now on, and ChangeRefused if
-        somebody has asked for another size after `change`."""
-        while True:
-            await asyncio.sleep(_POLL_S)
-            if not self._control.leads:
-                raise Unavailable("this control plane leads no more; the change goes on")
-            status = await self._read_status()
-            num_desired = sum(rank.desired for rank in status.ranks)
-            if num_desired != size:
-                raise ChangeRefused(
-                    f"not scaled to {size} ranks: somebody has changed the plan meanwhile (change "
-                    f"{status.change.number} after {change}), and {num_desired} ranks shall exist"
-                )
-            if is_scaled(status):
-                return
-
     async def _openapi(self, request: web.Request) -> web.Response:
         return web.json_response(openapi_document(ADMIN_API, self._endpoints))
 
 
 _SHOWN = ("/v1/status", "/v1/experts", "/v1/clients")
-
-
-def _decode(request: web.Request, kind: type[_B]) -> _B:
-    """Raises RequestError. An empty body is an empty object."""
-    try:
-        return msgspec.json.decode(request[_RAW_BODY] or b"{}", type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not what is asked for here: {error}") from error
-
-
-def _answer(value: msgspec.Struct, *, status: int = 200) -> web.Response:
-    return web.Response(
-        status=status, body=msgspec.json.encode(value), content_type="application/json"
-    )

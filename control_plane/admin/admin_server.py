@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import cast
 
 import structlog
 from aiohttp import web
@@ -54,7 +55,8 @@ async def serving(
 
 class _Connections:
     def __init__(self) -> None:
-        self._silent: set[web.RequestHandler] = set()  # no request has come on it yet
+        self._timers: dict[asyncio.BaseTransport, asyncio.TimerHandle] = {}
+        """Of open connections on which no request has come yet."""
 
     async def serve(
         self, runner: web.AppRunner, listener: socket.socket, tls: ssl.SSLContext | None
@@ -66,10 +68,7 @@ class _Connections:
         def accept() -> asyncio.Protocol:
             if len(http_server.connections) >= CONNECTIONS_MAX:
                 return _Refused()
-            handler = http_server()
-            self._silent.add(handler)
-            loop.call_later(HEADER_TIMEOUT_S, self._close_if_silent, handler)
-            return handler
+            return _Connection(self, http_server())
 
         return await loop.create_server(
             accept,
@@ -80,16 +79,53 @@ class _Connections:
 
     @web.middleware
     async def on_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        self._silent.discard(request.protocol)
+        if request.transport is not None:
+            self.stop_timer(request.transport)
         response = await handler(request)
         response.force_close()
         return response
 
-    def _close_if_silent(self, handler: web.RequestHandler) -> None:
-        if handler in self._silent:
-            self._silent.discard(handler)
-            if handler.transport is not None:
-                handler.transport.abort()
+    def start_timer(self, transport: asyncio.Transport) -> None:
+        loop = asyncio.get_running_loop()
+        self._timers[transport] = loop.call_later(HEADER_TIMEOUT_S, transport.abort)
+
+    def stop_timer(self, transport: asyncio.BaseTransport) -> None:
+        timer = self._timers.pop(transport, None)
+        if timer is not None:
+            timer.cancel()
+
+
+class _Connection(asyncio.Protocol):
+    """In front of aiohttp's protocol: of a connection that has ended nothing may stay, also not for
+    as long as its timer would have run."""
+
+    def __init__(self, connections: _Connections, inner: web.RequestHandler) -> None:
+        self._connections = connections
+        self._inner = inner
+        self._transport: asyncio.BaseTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._connections.start_timer(cast("asyncio.Transport", transport))
+        self._inner.connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        self._inner.eof_received()
+        return None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._transport is not None:
+            self._connections.stop_timer(self._transport)
+        self._inner.connection_lost(error)
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
 
 
 class _Refused(asyncio.Protocol):

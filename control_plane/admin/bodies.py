@@ -3,7 +3,6 @@ is refused: a misspelt one would have no effect."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated
 
 import msgspec
@@ -162,13 +161,6 @@ class ResumeBody(ChangeBody, kw_only=True):
 class RebalanceBody(ChangeBody, kw_only=True):
     def change(self, state: ClusterState) -> Change:
         return Rebalance()
-
-
-def digest_of(name: str, raw: bytes) -> str:
-    """Of all that a request asks for, its id apart. `raw` is a JSON object, or empty."""
-    plain = {k: v for k, v in msgspec.json.decode(raw or b"{}").items() if k != "request_id"}
-    text = name.encode() + b" " + msgspec.json.encode(plain, order="deterministic")
-    return hashlib.blake2b(text, digest_size=12).hexdigest()
 
 
 def _ranks(numbers: tuple[int, ...]) -> tuple[RankId, ...]:

@@ -1,6 +1,6 @@
 """The same for orchestrators, in the words of other servers. Names of fields and paths come from
-vLLM (`/v1/fault_tolerance/…`, `/scale_elastic_ep`, `/is_scaling_elastic_ep`) and SGLang (the last
-two: `new_ep_size`, `effective_ep_size`, `pending_ep_size`, `scale_phase`, `last_error`); engines of
+vLLM (`/fault_tolerance/…`, `/scale_elastic_ep`, `/is_scaling_elastic_ep`) and SGLang (the last two:
+`new_ep_size`, `effective_ep_size`, `pending_ep_size`, `scale_phase`, `last_error`); engines of
 theirs are ranks of ours. Fields that we do not know are ignored, as they do."""
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class ApplyParams(msgspec.Struct, kw_only=True):
 
 class ApplyBody(msgspec.Struct, kw_only=True):
     """`instruction`: "scale_down" without the ranks `removed_dp_ranks`, or "retry", for which there
-    is nothing to do: ranks come back by themselves."""
+    is nothing to do: ranks come back by themselves. Without a `request_id` it gets one."""
 
     instruction: Annotated[str, Meta(max_length=64)]
-    request_id: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[!-~]+$")]
+    request_id: Annotated[str, Meta(max_length=128, pattern=r"^[!-~]*$")] = ""
     params: ApplyParams = msgspec.field(default_factory=ApplyParams)
 
     def change(self) -> Change | None:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
@@ -145,9 +146,23 @@ def ignored_fields(raw: bytes, cls: type[msgspec.Struct]) -> list[str]:
     with _refusing_malformed():
         values = _values(raw)
         names = [name for name in values if name not in known]
-        if (options := values.get("stream_options")) is not None and "stream_options" in known:
-            names += [f"stream_options.{name}" for name in _values(options, STREAM_OPTIONS)]
+        for name, inner in _inner_fields(cls).items():
+            if name in values:
+                names += [f"{name}.{each}" for each in _values(values[name], inner)]
     return [_UNPRINTABLE.sub("?", name)[:64] for name in names[:IGNORED_NAMES_MAX]]
+
+
+@functools.cache
+def _inner_fields(cls: type[msgspec.Struct]) -> dict[str, Container[str]]:
+    """The fields of a body that are objects of known fields themselves, with these."""
+    inner: dict[str, Container[str]] = {}
+    for field in msgspec.structs.fields(cls):
+        for each in get_args(field.type):
+            if isinstance(each, type) and issubclass(each, msgspec.Struct):
+                inner[field.encode_name] = each.__struct_fields__
+    if issubclass(cls, GenerationBody):
+        inner["stream_options"] = STREAM_OPTIONS
+    return inner
 
 
 def fields_of(cls: type[GenerationBody]) -> dict[str, RequestField]:

@@ -3,7 +3,7 @@ which asks for a completion."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -166,10 +166,10 @@ class DialectRoutes:
             raise RequestError(
                 "stream: a response that is remembered comes as a whole", param="stream"
             )
-        return web.json_response(stored.response)
+        return web.Response(body=stored.response, content_type="application/json")
 
     async def _forget_response(self, request: web.Request) -> web.Response:
-        response_id = str(self._require_stored(request).response["id"])
+        response_id = self._require_stored(request).id
         self._store.delete(response_id, require_context(request).key.name)
         return web.json_response({"id": response_id, "object": "response", "deleted": True})
 
@@ -186,7 +186,7 @@ class _Answering:
         self._store = store
         self._owner = owner
         self._body: ResponsesBody | None = None
-        self._earlier: list[Mapping[str, Any]] = []
+        self._earlier: list[dict[str, Any]] = []
         self._answer: ResponseAnswer | None = None
 
     def chat_of(self, body: ResponsesBody) -> ChatBody:
@@ -197,7 +197,7 @@ class _Answering:
             before = _require(
                 self._store, body.previous_response_id, self._owner, param="previous_response_id"
             )
-            self._earlier = list(before.messages)
+            self._earlier = before.messages
         return _chat_body(chat_of_response(body, self._earlier))
 
     def dialect_of(self, job: Job) -> Dialect:
@@ -222,7 +222,7 @@ class _Answering:
             *input_messages(body.input),
             *input_messages(answer.done["output"]),
         ]
-        self._store.put(StoredResponse(owner=self._owner, response=answer.done, messages=messages))
+        self._store.put(StoredResponse.of(answer.done, messages, owner=self._owner))
 
 
 def _require(

@@ -3,6 +3,7 @@ what does not fit. Pure; knows no device."""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint
@@ -77,13 +78,13 @@ class CardMemory:
 
 
 def shared_weight_bytes(
-    checkpoint: Checkpoint, names: list[str], expert_prefixes: set[str], value_bytes: int
+    checkpoint: Checkpoint, names: list[str], expert_prefixes: Set[str], value_bytes: int
 ) -> int:
     """What the tensors `names` take on a card at least, without those of experts: a byte a value if
     they are FP8 in the checkpoint, and else `value_bytes`."""
     total = 0
     for name in names:
-        if name.rsplit(".", 2)[0] in expert_prefixes:
+        if not expert_prefixes.isdisjoint((name.rsplit(".", 1)[0], name.rsplit(".", 2)[0])):
             continue
         values = 1
         for size in checkpoint.shape(name):

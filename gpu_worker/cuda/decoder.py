@@ -138,7 +138,7 @@ class Decoder:
         self._mask_R = mask_R
         device = weights.device
         self.slot_of_LUE = slot_table(
-            sizes.num_moe_layers, options.replica_turns, sizes.num_experts, device
+            sizes.num_slot_layers, options.replica_turns, sizes.num_experts, device
         )
         decode_sizes = options.decode_sizes()
         prefill_sizes = options.prefill_sizes(_tile_tokens(sizes))
@@ -250,7 +250,9 @@ class Decoder:
             heads = self.attention.run(layer, h, inputs.paging)
             out = self._output.run(heads, own.w_o_HO)
             router = self._feed_forward.router(own.mlp, tokens)
-            residual.add_norm(x, out, own.mlp_norm_H, x_mid, h, eps=eps, router=router)
+            residual.add_norm(
+                x, out, own.mlp_norm_H, x_mid, h, eps=eps, bias_H=own.output_bias, router=router
+            )
             residual_norm = ResidualNorm(x_TH=x_mid, norm_H=next_norm, x_out_TH=x, h_TH=h, eps=eps)
             self._feed_forward.run(layer, own.mlp, inputs.paging.position_T, residual_norm)
         self._sample(inputs, h)
@@ -297,4 +299,5 @@ def _attention_stage(
         context_tokens_max=options.positions_max,
         decode_rows_max=max(options.decode_batch_sizes, default=0),
         norm_eps=sizes.norm_eps,
+        windows=[sizes.window_of(layer) for layer in range(sizes.num_layers)],
     )

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-
-
-@cache
-def driver() -> ctypes.CDLL:
-    """Raises OSError if there is none."""
-    return ctypes.CDLL("libcuda.so.1")
 
 
 def card_bytes(card: int) -> int:
     """Of all memory of a card, by its number for this process. Raises OSError."""
-    cuda = driver()
+    cuda = ctypes.CDLL("libcuda.so.1")
     device, total = ctypes.c_int(), ctypes.c_size_t()
     error = (
         cuda.cuInit(0)

@@ -18,7 +18,7 @@ from gpu_worker.config import DispatchForm, ExchangeKind, RankConfig
 from gpu_worker.cuda.block_cache import CudaBlockCache
 from gpu_worker.cuda.driver import card_bytes
 from gpu_worker.cuda.ep.dispatch import check_dispatch, exchange_kind
-from gpu_worker.cuda.ep.endpoint import EpEndpoint, SingleRankEndpoint
+from gpu_worker.cuda.ep.endpoint import EpEndpoint, NoExchangeEndpoint
 from gpu_worker.cuda.ep.exchange import EpExchange, EpShape
 from gpu_worker.cuda.ep.rank_mask import RankMask
 from gpu_worker.cuda.expert_counter import CudaExpertCounter
@@ -33,7 +33,6 @@ from gpu_worker.exchange.replica_policy import ReplicaPolicy, num_turns
 from gpu_worker.exchange.worker_thread import WorkerThread
 from gpu_worker.kv_replication.budget import uses_kv_replication
 from gpu_worker.rank import Hardware
-from gpu_worker.step_sizes import tokens_max_of_exchange
 from shared.clock import Clock
 from shared.errors import ConfigError
 from shared.expert_cache_memory import expert_cache_memory_of_rank
@@ -72,16 +71,10 @@ def card_of(config: RankConfig) -> int:
     return card
 
 
-def step_tokens_with_peers(config: RankConfig, model: ModelSpec, spec: InstanceSpec) -> int:
-    """How many tokens a step has at most by default, where ranks exchange. The same on all ranks
-    whose hosts and cards are alike. Raises ConfigError."""
-    card = card_of(config)
-    return tokens_max_of_exchange(
-        model.hidden_size,
-        spec.capacity * spec.slots_per_rank,
-        card_bytes(card),
-        -(-spec.capacity // torch.cuda.device_count()),
-    )
+def card_share(config: RankConfig, spec: InstanceSpec) -> tuple[int, int]:
+    """The bytes of a rank's card, and how many ranks may share it. The same on all ranks whose
+    hosts and cards are alike. Raises ConfigError."""
+    return card_bytes(card_of(config)), -(-spec.capacity // torch.cuda.device_count())
 
 
 class CudaHardware:
@@ -108,7 +101,9 @@ class CudaHardware:
         # Triton is installed only on machines with a card.
         from gpu_worker.cuda.decoder import Decoder
 
-        if spec.capacity > 1:
+        # A dense model's ranks exchange nothing.
+        exchanges = spec.capacity > 1 and bool(model.moe_layers)
+        if exchanges:
             check_dispatch(self._ep_shape(model, spec))
         torch.cuda.set_device(self._device)
         torch.zeros(1, device=self._device)
@@ -119,7 +114,7 @@ class CudaHardware:
             "model_loaded", folder=str(folder), card=self._device.index, **progress.log_fields()
         )
         self._end_stage("weights")
-        exchange = self._open_exchange(model, spec) if spec.capacity > 1 else None
+        exchange = self._open_exchange(model, spec) if exchanges else None
         self._end_stage("exchange")
         began = self._clock.now()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -159,18 +154,23 @@ class CudaHardware:
         loaded.host_experts.end_pinning()
         self._end_stage("pinning")
         if exchange is None:
-            return self._alone(parts)
+            return self._alone(self._member, parts, has_peers=spec.capacity > 1)
         return self._of_incarnation(self._member, parts, exchange, exchange.mask)
 
-    def _alone(self, parts: _ProcessParts) -> Hardware:
-        """In an instance of one rank."""
+    def _alone(self, member: Member, parts: _ProcessParts, *, has_peers: bool) -> Hardware:
+        """Of a rank that exchanges nothing. Without peers, nobody ends its life."""
+
+        def renew(next_member: Member) -> Hardware:
+            return self._alone(next_member, parts, has_peers=True)
+
         return Hardware(
-            make_runner=self._runner_maker(self._member, parts, None, is_renewed=False),
+            make_runner=self._runner_maker(member, parts, None, is_renewed=False),
             loader=parts.loaded.loader,
             residents=parts.loaded.slots.contents,
-            endpoint=SingleRankEndpoint(self._member),
+            endpoint=NoExchangeEndpoint(member, has_peers=has_peers),
             exchange=ExchangeKind.NONE,
             blocks=parts.blocks,
+            renew=renew if has_peers else None,
         )
 
     def _of_incarnation(
@@ -212,7 +212,12 @@ class CudaHardware:
 
         def make_runner(monitor: EngineMonitor, callbacks: GraphBarrierCallbacks) -> RunnerParts:
             barrier_driver = GraphBarrierDriver(
-                member, release, self._loop, parts.release_worker, callbacks
+                member,
+                release,
+                self._loop,
+                parts.release_worker,
+                callbacks,
+                meets_peers=mask is not None,
             )
             runner = CudaRunner(
                 member=member,
@@ -273,10 +278,15 @@ class CudaHardware:
 
         if exchange is None:
             return LocalMoe(
-                loaded.slots, top_k=model.top_k, step_tokens_max=self._config.step_tokens_max
+                loaded.slots,
+                top_k=model.top_k,
+                step_tokens_max=self._config.step_tokens_max,
+                clamped=loaded.sizes.clamped_experts,
             )
         rows = self._ep_shape(model, spec).received_rows_max
-        return ExchangedMoe(loaded.slots, exchange, rows_of_slot=rows)
+        return ExchangedMoe(
+            loaded.slots, exchange, rows_of_slot=rows, clamped=loaded.sizes.clamped_experts
+        )
 
     def _counter(self, decoder: Decoder, moe: MoeStage) -> ExpertCounter | None:
         """None in an instance of one rank, which has no choice of places."""

@@ -13,14 +13,13 @@ from gpu_worker.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.card_memory import CardMemory, shared_weight_bytes
 from gpu_worker.cuda.experts.expert_cache import ExpertCacheHeader
-from gpu_worker.cuda.experts.expert_reader import ExpertReader, are_scaled
+from gpu_worker.cuda.experts.expert_reader import ExpertSource
 from gpu_worker.cuda.experts.host_experts import HostExperts, open_host_experts
 from gpu_worker.cuda.experts.slot_loader import CudaSlotLoader, open_slot_loader
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.checkpoint_layouts import checkpoint_layout_of
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights
-from gpu_worker.cuda.weights.scaled_blocks import multiplies_fp8
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.expert_cache_memory import ExpertCacheMemory
 from shared.model_spec import ModelSpec
@@ -58,13 +57,8 @@ def load_cuda_model(
     layout = checkpoint_layout_of(spec)
     shapes = layout.tensor_shapes()
     checkpoint = open_checkpoint(folder, shapes, progress.count)
-    prefixes = {
-        layout.expert_prefix(layer, expert)
-        for layer in range(spec.num_moe_layers)
-        for expert in range(spec.num_experts)
-    }
-    scaled = multiplies_fp8(device) and are_scaled(checkpoint, prefixes)
-    reader = ExpertReader(checkpoint, layout.expert_prefix, dtype, scaled=scaled)
+    prefixes = layout.expert_prefixes
+    reader = layout.open_experts(checkpoint, dtype, device)
     needed = CardMemory(
         form=reader.form,
         num_layers=spec.num_moe_layers,
@@ -86,7 +80,8 @@ def load_cuda_model(
         inner_size=spec.moe_intermediate_size,
         device=device,
         dtype=dtype,
-        scaled=scaled,
+        scaled=reader.form.scaled,
+        biased=reader.form.biased,
     )
     loader = open_slot_loader(
         slots=slots,
@@ -110,13 +105,13 @@ def _check_card(needed: CardMemory, device: torch.device) -> None:
 
 
 def expert_cache_header(
-    checkpoint: Checkpoint, reader: ExpertReader, spec: ModelSpec
+    checkpoint: Checkpoint, reader: ExpertSource, spec: ModelSpec
 ) -> ExpertCacheHeader:
     return ExpertCacheHeader(
         folder=str(checkpoint.folder),
         fingerprint=checkpoint.fingerprint(),
-        dtype=str(reader.dtype),
-        num_values=reader.num_values,
+        dtype=str(reader.form.flat_dtype),
+        num_values=reader.form.num_values,
         num_layers=spec.num_moe_layers,
         num_experts=spec.num_experts,
     )

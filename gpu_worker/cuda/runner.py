@@ -137,7 +137,7 @@ class CudaRunner:
             self._decoder.use_slots(slots_LUE)
 
         first = self._barrier_driver.adopt(expert_map, apply_map)
-        self._peers = tuple(m.rank for m in expert_map.members if m != self._member)
+        self._peers = tuple(m.rank for m in self._barrier_driver.peers_met(expert_map))
         self._has_met_others = True
         return first
 

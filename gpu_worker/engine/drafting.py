@@ -35,7 +35,7 @@ from gpu_worker.engine.step_budget import StepBudget
 from gpu_worker.engine.step_plan import NO_DRAFT, Chunk, StepPlan
 from gpu_worker.exchange.interface import Exchange
 
-SEQUENCES_MAX = 16
+SEQUENCES_MAX = 8
 """If more of a rank's sequences get tokens in a step, none gets a draft: a row more takes about as
 long then as a step for it alone, so even right guesses would save nothing."""
 

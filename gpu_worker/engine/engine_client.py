@@ -117,6 +117,7 @@ class EngineClient:
         if grammars is not None:
             grammars.renew(self._inbox.notify)
         self._stopped = False
+        self._submitters: set[Origin] = set()  # connections that have sent sessions
         self._tenants: dict[Origin, frozenset[str]] = {}  # that have sessions in flight
         self._members: tuple[Member, ...] = ()  # of the newest map that was handed over
         self._broken_links: set[Member] = set()
@@ -163,7 +164,10 @@ class EngineClient:
 
     def submit(self, origin: Origin, submit: Submit) -> bool:
         """False if the engine's inbox is full."""
-        return self._inbox.put(Arrival(origin=origin, submit=submit))
+        if not self._inbox.put(Arrival(origin=origin, submit=submit)):
+            return False
+        self._submitters.add(origin)
+        return True
 
     def cancel(self, cancel: Cancel) -> bool:
         """False if the engine's inbox is full."""
@@ -182,15 +186,20 @@ class EngineClient:
 
     def orphan_origin(self, origin: Origin, orphan_s: float) -> None:
         """This connection is gone. What another gateway may take over goes on for `orphan_s`
-        seconds, the rest ends."""
+        seconds, the rest ends. The engine does not hear of a connection that had no sessions: it
+        may read nothing for a while, and peers that come and go meanwhile must not fill its
+        inbox."""
         self._forget_tenants(origin)
+        if origin not in self._submitters:
+            return
+        self._submitters.remove(origin)
         if orphan_s <= 0:
-            self.drop_origin(origin)
+            self._drop_origin(origin)
             return
         self._inbox.put(OrphanOrigin(origin=origin))
-        self._loop.call_later(orphan_s, self.drop_origin, origin)
+        self._loop.call_later(orphan_s, self._drop_origin, origin)
 
-    def drop_origin(self, origin: Origin) -> None:
+    def _drop_origin(self, origin: Origin) -> None:
         self._inbox.put(DropOrigin(origin=origin))
 
     def _forget_tenants(self, origin: Origin) -> None:

@@ -95,7 +95,7 @@ class Inbox:
 
     Arrivals are refused beyond a number or a sum of tokens, and cancellations beyond
     CANCELS_PER_ARRIVAL times that number. The other items are never refused: their number is
-    bounded by the number of connections, or the engine must not miss them.
+    bounded by the number of connections that have sent Arrivals, or the engine must not miss them.
     """
 
     CANCELS_PER_ARRIVAL = 8

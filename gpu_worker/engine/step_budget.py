@@ -82,9 +82,9 @@ class StepBudget:
             self._add(Chunk(sequence, num_tokens, projected))
             if not sequence.num_emitted:
                 self._shares.take(sequence, num_tokens)
+                self._mixed_left -= num_tokens * _cost(projected) // _CONTEXT_TOKENS
             if num_tokens == projected.num_pending and sequence.samples:
                 self._shares.take_draw(sequence)
-            self._mixed_left -= num_tokens * _cost(projected) // _CONTEXT_TOKENS
 
     def _prefill_left(self, sequence: Sequence) -> int:
         """What a death makes this rank compute again is not the tenant's doing."""

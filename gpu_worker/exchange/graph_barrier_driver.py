@@ -7,7 +7,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -42,9 +42,14 @@ class GraphBarrierDriver:
         loop: asyncio.AbstractEventLoop,
         release_worker: Worker,
         callbacks: GraphBarrierCallbacks,
+        *,
+        meets_peers: bool = True,
     ) -> None:
-        """`release` is called on `release_worker`: a card in trouble may not answer."""
+        """`release` is called on `release_worker`: a card in trouble may not answer. Without
+        `meets_peers`, graphs wait for nobody, as those of a dense model: this rank agrees with
+        itself alone, and tells its peers nothing."""
         self._barrier = GraphBarrier(member)
+        self._meets_peers = meets_peers
         self._release = release
         self._loop = loop
         self._release_worker = release_worker
@@ -64,9 +69,10 @@ class GraphBarrierDriver:
         if not expert_map.has(own) or (newest and expert_map.epoch <= newest.epoch):
             return
         self._newest = expert_map
+        met = self._met_in(expert_map)
         with self._lock:
-            effects = self._barrier.on_map(expert_map)
-        self._peers = frozenset(expert_map.members) - {own}
+            effects = self._barrier.on_map(met)
+        self._peers = frozenset(met.members) - {own}
         self._send_own_update()
         if effects.to_release:
             self._release_members(
@@ -78,6 +84,8 @@ class GraphBarrierDriver:
     def declare_dead(self, dead: Member, epoch: Epoch) -> None:
         """There is a verdict. The map of `epoch`, which may not exist yet, is without this
         member."""
+        if not self._meets_peers:
+            return
         self._release_members([dead], epoch, lambda: self._barrier.declare_dead(dead, epoch))
 
     def _release_members(
@@ -116,6 +124,7 @@ class GraphBarrierDriver:
 
     def claim_launch_before(self, expert_map: ExpertMap) -> bool:
         """Whether one more empty graph is to be launched before this map is adopted."""
+        expert_map = self._met_in(expert_map)
         with self._lock:
             at = self._barrier.join_at(expert_map)
             is_joiner = self._barrier.own.member.rank in expert_map.joiners
@@ -127,6 +136,7 @@ class GraphBarrierDriver:
     def prepare_adoption(self, expert_map: ExpertMap) -> bool:
         """Whether the map may be adopted now. Call it if `claim_launch_before` has nothing more to
         launch; the others are told that this rank has paused."""
+        expert_map = self._met_in(expert_map)
         with self._lock:
             if self._barrier.join_at(expert_map) is None:
                 return False
@@ -143,7 +153,7 @@ class GraphBarrierDriver:
         members, before any peer hears of it; it may block. Raises StepAbandoned if the members do
         not meet in this map."""
         with self._lock:
-            self._barrier.adopt(expert_map)
+            self._barrier.adopt(self._met_in(expert_map))
         take()
         with self._lock:
             self._barrier.enter()
@@ -180,6 +190,11 @@ class GraphBarrierDriver:
         if changed:
             self._loop.call_soon_threadsafe(self._send_own_update)
         return True
+
+    def peers_met(self, expert_map: ExpertMap) -> tuple[Member, ...]:
+        """Whom graphs under this map wait for."""
+        own = self._barrier.own.member
+        return tuple(m for m in self._met_in(expert_map).members if m != own)
 
     @property
     def out_of_step(self) -> Epoch:
@@ -218,6 +233,12 @@ class GraphBarrierDriver:
         return asleep
 
     # ---------------------------------------------------------------------------------------------
+
+    def _met_in(self, expert_map: ExpertMap) -> ExpertMap:
+        """The map as the barrier sees it."""
+        if self._meets_peers:
+            return expert_map
+        return replace(expert_map, members=(self._barrier.own.member,), joiners=())
 
     def _wake_others(self, launched: int) -> None:
         self._callbacks.wake(Step(launched))

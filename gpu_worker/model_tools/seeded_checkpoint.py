@@ -116,8 +116,8 @@ def _write_weights(
     spec = with_drafts(read_model_spec(folder), 0 if guesses is None else 1)
     shapes = family_class(spec.architecture)(spec).tensor_shapes() | draft_shapes(spec)
     drafts: SeededDrafts | None = None
-    if guesses is not None and (names := draft_names(spec)) is not None:
-        drafts = SeededDrafts(spec, names, guesses)
+    if guesses is not None and (draft := draft_names(spec)) is not None:
+        drafts = SeededDrafts(spec, draft, guesses)
     shards = _split(shapes, num_shards)
     dtypes = {name: _dtype_of(name, shape, dtype) for name, shape in shapes.items()}
     scale_shapes = {

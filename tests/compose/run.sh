@@ -40,7 +40,7 @@ clean_up() {
   set +e
   if [ -n "$engine_pid" ] && [ -n "$compose" ]; then take_down; fi
   stop_engine
-  [ -z "$index_pid" ] || kill "$index_pid"
+  [ -z "$index_pid" ] || kill "$index_pid" 2>/dev/null
   ip netns delete "$namespace" 2>/dev/null
   if [ -n "$work" ]; then
     awk '{print $2}' /proc/mounts | grep -E "^($work|$data)(/|$)" | sort -r \

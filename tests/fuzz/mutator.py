@@ -32,6 +32,9 @@ TEXTS = (
     "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
 )
 DEPTH_MAX = 3
+REPEATED_WEIGHT_MAX = 1 << 20
+"""About as many bytes a list may have after it was repeated: beyond the limits on most messages and
+bodies. Without this, repeated lists of repeated lists of long texts took gigabytes."""
 
 
 class Mutator:
@@ -117,7 +120,9 @@ class Mutator:
                 case 0:
                     del items[place]
                 case 1:
-                    items *= rng.choice((2, 50, 500))
+                    count = rng.choice((2, 50, 500))
+                    if not is_heavier(items, REPEATED_WEIGHT_MAX // count):
+                        items *= count
                 case 2:
                     items.insert(place, self.junk())
                 case _:
@@ -168,3 +173,18 @@ class Mutator:
                 case _ if changed:
                     changed[place % len(changed)] = rng.choice((0, 0x7F, 0x80, 0xC1, 0xDD, 0xFF))
         return bytes(changed)
+
+
+def is_heavier(value: Any, weight: int) -> bool:
+    """A value weighs one, and a text or bytes one more for each character."""
+    rest, found = [value], 0
+    while rest and found <= weight:
+        part = rest.pop()
+        found += 1
+        if isinstance(part, str | bytes):
+            found += len(part)
+        elif isinstance(part, dict):
+            rest += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            rest += part
+    return found > weight

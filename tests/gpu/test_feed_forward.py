@@ -94,7 +94,7 @@ def layer_weights() -> MoeWeights:
     )
 
 
-def filled_slots() -> CudaSlots:
+def filled_slots(*, scaled: bool = False) -> CudaSlots:
     slots = CudaSlots(
         num_layers=2,
         slots_per_rank=EXPERTS,
@@ -102,6 +102,7 @@ def filled_slots() -> CudaSlots:
         inner_size=SIZES.inner_size,
         device=DEVICE,
         dtype=DTYPE,
+        scaled=scaled,
     )
     slots.fill_randomly(EXPERTS, std=0.1)
     return slots
@@ -115,11 +116,12 @@ def on_one_rank(slots: CudaSlots) -> MoeStage:
     return LocalMoe(slots, top_k=SIZES.top_k, step_tokens_max=TOKENS)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("stage", [around_an_exchange, on_one_rank])
 def test_shared_experts_come_before_the_routed_ones_to_the_bit(
-    stage: Callable[[CudaSlots], MoeStage],
+    stage: Callable[[CudaSlots], MoeStage], scaled: bool
 ) -> None:
-    slots, layers = filled_slots(), [layer_weights(), layer_weights()]
+    slots, layers = filled_slots(scaled=scaled), [layer_weights(), layer_weights()]
     both, apart = Halves(stage(slots)), Halves(stage(slots))
     shared = GatedMlp(ROOM, hidden_size=HIDDEN, inner_size=SHARED)
     position_T = ints([3, 0, 1, -1, 7, 2])

@@ -19,6 +19,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks.gpu_kernels import dense_tiles, down_tiles, up_tiles  # noqa: E402
+from gpu_worker.checkpoint.gqa_shape import (  # noqa: E402
+    QK_NORM_HEAD,
+    QK_NORM_NONE,
+    QK_NORM_WHOLE,
+)
 from gpu_worker.cuda.kernels import (  # noqa: E402
     attention,
     chunk_attention,
@@ -26,6 +31,7 @@ from gpu_worker.cuda.kernels import (  # noqa: E402
     indexer,
     latent,
     linear,
+    projected_heads,
     residual,
     scaled_experts,
     scaled_rows,
@@ -41,6 +47,7 @@ HIDDEN, INNER = 7168, 2048
 CHOICE = ["*fp32", "*i32", "*i32", "*fp32", "fp32"]
 LINEAR = ["*bf16", "*bf16", "*fp32", "i32"]
 EXPERTS = ["*bf16", "*bf16", "*i64", "*i32", "*i32", "*i32", "*bf16"]
+PLAIN_EXPERTS, GPT_OSS_EXPERTS = ({"BIASED": on, "CLAMPED": on} for on in (False, True))
 
 
 def instructions(
@@ -145,10 +152,10 @@ def described(rows: int, columns: int) -> str:
 def test_tall_tiles_of_experts_are_left_to_warp_groups() -> None:
     sizes = {"HIDDEN": HIDDEN, "INNER": INNER, "BLOCK_T": tall_experts.TALL_ROWS, "BLOCK_K": 64}
     for kernel, columns, of_kernel in (
-        (tall_experts._gate_up_tall, tall_experts._GATE_UP_COLUMNS, {"DIVISOR": 8}),
-        (tall_experts._down_tall, tall_experts._DOWN_COLUMNS, {"PADDED": False}),
+        (tall_experts._gate_up_tall, tall_experts._GATE_UP_COLUMNS, {"DIVISOR": 8} | PLAIN_EXPERTS),
+        (tall_experts._down_tall, tall_experts._DOWN_COLUMNS, {"PADDED": False, "BIASED": False}),
     ):
-        kinds = ["*bf16", described(columns, 64), "*i32", "*i32", "*i32", "*bf16"]
+        kinds = ["*bf16", described(columns, 64), "*i32", "*i32", "*i32", "*bf16", "*bf16"]
         constants = sizes | {"BLOCK_N": columns} | of_kernel
         found = instructions(kernel, kinds, constants, tall_experts._WARPS, tall_experts._STAGES)
         assert_of_warp_groups(found)
@@ -174,6 +181,7 @@ def test_lone_pairs_that_choose_for_themselves_take_the_one_instruction() -> Non
 
 def gate_up_instructions(tile: experts.ExpertTile, rows: int, **more: int) -> set[str]:
     given = {"DIVISOR": 8, "EXPERTS": 0, "BLOCK_E": 1, "CHUNK": 1, "NORMALISE": False}
+    given |= PLAIN_EXPERTS
     return expert_instructions(experts._gate_up, tile, rows, **(given | more))
 
 
@@ -186,24 +194,47 @@ def expert_instructions(kernel: Any, tile: experts.ExpertTile, rows: int, **more
         "BLOCK_K": tile.depth,
         "GROUPED": True,
         "PADDED": False,
+        "BIASED": False,
         **more,
     }
-    kinds = [*EXPERTS, *CHOICE] if "EXPERTS" in constants else EXPERTS
+    kinds = [*EXPERTS, *(CHOICE if "EXPERTS" in constants else []), "*bf16"]
     return instructions(kernel, kinds, constants, tile.warps, tile.stages)
+
+
+def test_experts_with_biases_and_another_activation_take_the_same_instructions() -> None:
+    sizes = GPT_OSS_EXPERTS | {"HIDDEN": 2880, "INNER": 2880, "BLOCK_K": 64}
+    for tile, rows in ((experts._GATE_UP_UNGROUPED, 16), (experts._GATE_UP_GROUPED, 16)):
+        assert gate_up_instructions(tile, rows, **sizes) == ONE_INSTRUCTION
+    biased = {"HIDDEN": 2880, "INNER": 2880, "BLOCK_K": 64, "BIASED": True}
+    assert (
+        expert_instructions(experts._down, experts._DOWN_GROUPED, 16, **biased) == ONE_INSTRUCTION
+    )
+    many = experts._GATE_UP_MANY, experts._MANY_ROWS
+    assert_of_warp_groups(gate_up_instructions(*many, **sizes))
+    many_down = experts._DOWN_MANY._replace(columns=64), experts._MANY_ROWS
+    assert_of_warp_groups(expert_instructions(experts._down, *many_down, **biased))
+    kinds = ["*bf16", described(64, 64), "*i32", "*i32", "*i32", "*bf16", "*bf16"]
+    tall = {"BLOCK_T": tall_experts.TALL_ROWS, "BLOCK_N": 64}
+    for kernel, of_kernel in (
+        (tall_experts._gate_up_tall, sizes | {"DIVISOR": 4}),
+        (tall_experts._down_tall, biased | {"PADDED": False}),
+    ):
+        found = instructions(kernel, kinds, tall | of_kernel, tall_experts._WARPS, 4)
+        assert_of_warp_groups(found)
 
 
 SCALED = ["*bf16", "*fp8e4nv", "*fp32", "*i64", "*i32", "*i32", "*i32", "*bf16"]
 
 
-@pytest.mark.parametrize("rows", [16, 32, 64, scaled_experts._TALL_ROWS])
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "grouped"),
+    [(16, False), (16, True), (32, True), (64, True), (scaled_experts._TALL_ROWS, True)],
+)
 def test_scaled_experts_are_left_to_warp_groups_and_widened_in_pairs(
     rows: int, grouped: bool
 ) -> None:
     """All tiles alike: those of one row, too. The rate of the compiler's own conversion to bfloat16
     would set the pace."""
-    if not grouped and rows > 16:
-        return
     sizes = {"HIDDEN": HIDDEN, "INNER": INNER, "BLOCK_T": rows, "BLOCK_K": 128, "IN_PAIRS": True}
     halved = rows >= scaled_experts._TALL_ROWS
     shape = sizes | {"GROUPED": grouped, "PADDED": False, "HALVED": halved}
@@ -211,11 +242,11 @@ def test_scaled_experts_are_left_to_warp_groups_and_widened_in_pairs(
     if not grouped:
         choice = {"EXPERTS": 256, "BLOCK_E": 256, "CHUNK": 32, "NORMALISE": True}
     for kernel, kinds, tile, more in (
-        (scaled_experts._gate_up, [*SCALED, *CHOICE], scaled_experts._GATE_UP, choice),
-        (scaled_experts._down, SCALED, scaled_experts._DOWN, {}),
+        (scaled_experts._gate_up, [*SCALED, *CHOICE], scaled_experts._GATE_UP_GROUPED, choice),
+        (scaled_experts._down, SCALED, scaled_experts._DOWN_GROUPED, {}),
     ):
         tile = scaled_experts._TALL if halved else tile
-        constants = shape | {"BLOCK_C": tile.columns} | more
+        constants = shape | {"BLOCK_C": tile.columns, "UNROLL": tile.unroll} | more
         if "EXPERTS" in more:
             constants["DIVISOR"] = 8
         text = compiled(kernel, kinds, constants, tile.warps, tile.stages)
@@ -276,58 +307,83 @@ def test_latent_attention_takes_the_one_instruction(top_k: int) -> None:
     assert instructions(kernel, kinds, constants, tile.warps, tile.stages) == ONE_INSTRUCTION
 
 
-GQA = {"HEADS": 32, "KV_HEADS": 4, "ROWS": 16, "BLOCK_TOKENS": 16}
-PROJECTED = ["*fp32", "*bf16", "*bf16", "*fp32", "*fp32", "fp32"]
-TURNING_WARPS = attention._ROTATION_WARPS
+GQA = {"HEADS": 32, "KV_HEADS": 4, "ROWS": 16, "BLOCK_TOKENS": 16, "HEAD_DIM": 128, "GROUP": 8}
+PROJECTED = ["*fp32", "*bf16", "*bf16", "*fp32", "*fp32", "*fp32", "*fp32", "fp32", "fp32"]
+SEEN = {"WINDOW": 0, "SINKS": False}
+NORMED = {"ROTATED": 128, "NORM": QK_NORM_HEAD, "BIASED": False, "CLIPPED": False}
+QWEN3 = GQA | SEEN | NORMED
+FAMILIES = {
+    "Qwen3": QWEN3,
+    "GLM": QWEN3 | {"HEADS": 96, "KV_HEADS": 8, "GROUP": 16, "ROTATED": 64, "BIASED": True},
+    "gpt-oss": QWEN3
+    | {"HEADS": 64, "KV_HEADS": 8, "HEAD_DIM": 64, "ROTATED": 64, "NORM": QK_NORM_NONE}
+    | {"BIASED": True, "WINDOW": 128, "SINKS": True},
+    "OLMoE": QWEN3
+    | {"HEADS": 16, "KV_HEADS": 16, "GROUP": 1, "NORM": QK_NORM_WHOLE, "CLIPPED": True},
+}
+of_every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+TURNING_WARPS = projected_heads.ROTATION_WARPS
 
 
-def test_attention_takes_the_one_instruction() -> None:
-    given, warps = attending(0), attention.ATTENTION_TILE.warps
+@of_every_family
+def test_attention_takes_the_one_instruction(family: dict[str, Any]) -> None:
+    given, warps = attending(0, family), attention.ATTENTION_TILE.warps
     assert instructions(attention._attend_splits, *given, warps, 1) == ONE_INSTRUCTION
-    turning = attending(4)
+    turning = attending(4, family)
     assert instructions(attention._attend_splits, *turning, TURNING_WARPS, 1) == ONE_INSTRUCTION
 
 
-def test_attention_of_chunks_is_left_to_warp_groups_and_stores_no_split() -> None:
+@of_every_family
+def test_attention_of_chunks_is_left_to_warp_groups_and_stores_no_split(
+    family: dict[str, Any],
+) -> None:
     tile = chunk_attention.CHUNK_TILE
-    kinds = [*["*bf16"] * 3, *["*i32"] * 4, *["*fp32"] * 3, "*bf16", "fp32", "i32", "i32"]
-    constants = GQA | {"ROWS": 64, "HEAD_DIM": 128, "GROUP": 8, "SPLIT": 64, "SPAN": 16}
-    constants |= {"APART": False}
+    kinds = [*["*bf16"] * 3, *["*i32"] * 4, *["*fp32"] * 4, "*bf16", "fp32", "i32", "i32"]
+    constants = {name: value for name, value in family.items() if name in GQA | SEEN}
+    constants |= {"ROWS": 64, "SPLIT": 64, "SPAN": 16, "APART": False}
     kernel = chunk_attention._attend_chunks
     assert_of_warp_groups(instructions(kernel, kinds, constants, tile.warps, tile.stages))
 
 
-def test_attention_sums_alike_whether_or_not_it_turns_its_own_queries() -> None:
+@of_every_family
+def test_attention_sums_alike_whether_or_not_it_turns_its_own_queries(
+    family: dict[str, Any],
+) -> None:
     """With a joined operand, the dot products of queries once took positions in other groups of
     four."""
-    given = multiplied(attention._attend_splits, *attending(0), attention.ATTENTION_TILE.warps)
-    assert given == multiplied(attention._attend_splits, *attending(4), TURNING_WARPS)
+    warps = attention.ATTENTION_TILE.warps
+    given = multiplied(attention._attend_splits, *attending(0, family), warps)
+    assert given == multiplied(attention._attend_splits, *attending(4, family), TURNING_WARPS)
     assert len(given) == 3
 
 
-def test_heads_are_normed_in_one_order_by_attention_and_before_it() -> None:
-    constants = GQA | {"PARTS": 4, "HALF": 64}
+@of_every_family
+def test_heads_are_normed_in_one_order_by_attention_and_before_it(family: dict[str, Any]) -> None:
+    constants = {name: value for name, value in family.items() if name in GQA | NORMED}
+    constants |= {"PARTS": 4}
+    del constants["GROUP"]
     kinds = [*PROJECTED, "*i32", "*i32", "*i32", "*bf16", "*bf16", "*bf16", "i32", "i32"]
-    before = summed(attention._rotate_and_store, kinds, constants, TURNING_WARPS)
-    assert before == summed(attention._attend_splits, *attending(4), TURNING_WARPS)
-    assert len(before) == 2
+    before = summed(projected_heads._rotate_and_store, kinds, constants, TURNING_WARPS)
+    assert before == summed(attention._attend_splits, *attending(4, family), TURNING_WARPS)
+    assert len(before) == (2 if family["NORM"] == QK_NORM_HEAD else 0)
 
 
 def test_the_router_sums_alike_in_the_norm_before_it_and_by_itself() -> None:
     hidden, warps = 2048, residual._router_warps(2048)
     shape = {"HIDDEN": hidden, "BLOCK_H": hidden, "EXPERTS": 128, "BLOCK_E": 8}
-    kinds = ["*fp32", "*fp32", "*bf16", "*fp32", "*bf16", "*bf16", "*fp32", "fp32", "i32"]
-    fused = summed(residual._add_norm, kinds, shape | {"PARTS": 4}, warps)
+    kinds = ["*fp32", "*fp32", "*bf16", "*fp32", "*bf16", "*fp32", "*bf16", "*fp32", "*fp32"]
+    more = {"PARTS": 4, "BIASED": False, "ROUTER_BIASED": False}
+    fused = summed(residual._add_norm, [*kinds, "fp32", "i32"], shape | more, warps)
     scores = [tensor for tensor in fused if "8x2048" in tensor]
     assert len(scores) == 1
     for by_four in (False, True):
-        constants = shape | {"BLOCK_T": 32, "BY_FOUR": by_four}
-        kinds = ["*bf16", "*bf16", "*fp32", "i32"]
+        constants = shape | {"BLOCK_T": 32, "BY_FOUR": by_four, "BIASED": False}
+        kinds = ["*bf16", "*bf16", "*fp32", "*fp32", "i32"]
         assert summed(residual._score_rows, kinds, constants, warps) == scores
 
 
 def test_a_last_arrival_sees_what_all_have_stored_before_theirs() -> None:
-    text = compiled(attention._attend_splits, *attending(4), TURNING_WARPS, 1)
+    text = compiled(attention._attend_splits, *attending(4, QWEN3), TURNING_WARPS, 1)
     order = re.findall(r"st\.global|bar\.sync|atom\S+|ld\.global", text)
     added = [place for place, name in enumerate(order) if name.startswith("atom")]
     assert [order[place] for place in added] == ["atom.global.gpu.acq_rel.add.u32"] * 2
@@ -336,12 +392,12 @@ def test_a_last_arrival_sees_what_all_have_stored_before_theirs() -> None:
         assert order[place + 1] == "bar.sync"
 
 
-def attending(parts: int) -> tuple[list[str], dict[str, Any]]:
-    constants = {"PARTS": parts, "HEAD_DIM": 128, "GROUP": 8, "SPLIT": 64, "SPAN": 16}
+def attending(parts: int, family: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    constants = family | {"PARTS": parts, "SPLIT": 64, "SPAN": 16, "TILED": False}
     pointers = ["*bf16"] * 3 + ["*i32"] * 4 + ["*fp32"] * 3
-    merging = ["*fp32", "*fp32", "*fp32", "*i32", "*bf16"]
+    merging = ["*fp32", "*fp32", "*fp32", "*i32", "*fp32", "*bf16"]
     more = ["fp32", "i32", "i32", "i32", "i32"]
-    return [*pointers, *PROJECTED, *merging, *more], GQA | {"TILED": False} | constants
+    return [*pointers, *PROJECTED, *merging, *more], constants
 
 
 INDEXER = {"HEADS": 64, "SIZE": 128}

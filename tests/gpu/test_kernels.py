@@ -29,6 +29,7 @@ from gpu_worker.cuda.kernels import (
     expert_rows,
     experts,
     linear,
+    projected_heads,
     residual,
     routing,
     sampling,
@@ -84,7 +85,7 @@ def test_residual_norm_and_router_follow_their_formulas(rows: int) -> None:
     w_norm, w_router = random(HIDDEN), random(EXPERTS, HIDDEN)
     x_out, h = poison(rows, HIDDEN, dtype=torch.float32), poison(rows, HIDDEN)
     scores = poison(rows, EXPERTS, dtype=torch.float32)
-    residual.add_norm(x, parts, w_norm, x_out, h, eps=EPS, router=(w_router, scores))
+    residual.add_norm(x, parts, w_norm, x_out, h, eps=EPS, router=residual.Router(w_router, scores))
     total = x.double() + parts.double().sum(0)
     assert_close(x_out, total, 1e-6)
     assert_close(h, norm(total, w_norm))
@@ -98,7 +99,7 @@ def test_residual_norm_and_router_follow_their_formulas(rows: int) -> None:
         x_out[:1],
         h[:1],
         eps=EPS,
-        router=(w_router, alone),
+        router=residual.Router(w_router, alone),
     )
     assert_same(alone[0], scores[-1])
 
@@ -324,15 +325,23 @@ def partials(rows: int, parts_max: int = 16 * BLOCK_TOKENS // SPLIT) -> splits.P
 
 
 def run_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: attention.Paging
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    where: attention.Paging,
+    kind: splits.WindowAndSinks = splits.SEES_ALL,
 ) -> torch.Tensor:
     out = poison(q.shape[0], HEADS * HEAD_DIM)
-    attention.attend(q, k, v, where, partials(q.shape[0]), out)
+    attention.attend(q, k, v, where, partials(q.shape[0]), out, kind=kind)
     return out
 
 
 def attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: attention.Paging
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    where: attention.Paging,
+    kind: splits.WindowAndSinks = splits.SEES_ALL,
 ) -> torch.Tensor:
     out = []
     for row in range(q.shape[0]):
@@ -341,10 +350,14 @@ def attention_reference(
         heads = []
         for head in range(HEADS):
             kv_head = head * KV_HEADS // HEADS
-            keys = k[blocks, kv_head].reshape(-1, HEAD_DIM)[:length].double()
-            values = v[blocks, kv_head].reshape(-1, HEAD_DIM)[:length].double()
-            weights = (keys @ q[row, head].double() * HEAD_DIM**-0.5).softmax(0)
-            heads.append(weights @ values)
+            seen = slice(max(0, length - (kind.window or length)), length)
+            keys = k[blocks, kv_head].reshape(-1, HEAD_DIM)[seen].double()
+            values = v[blocks, kv_head].reshape(-1, HEAD_DIM)[seen].double()
+            scores = keys @ q[row, head].double() * HEAD_DIM**-0.5
+            if kind.sinks_Q is not None:
+                sink = kind.sinks_Q[head].double() / attention.LOG2_E
+                scores = torch.cat([scores, sink[None]])
+            heads.append(scores.softmax(0)[: len(values)] @ values)
         out.append(torch.cat(heads))
     return torch.stack(out)
 
@@ -358,6 +371,21 @@ def test_decode_attention_follows_its_formula_and_padding_rows_give_zero() -> No
     again = run_attention(q, k, v, where)
     assert torch.equal(again[[0, 2, 3]], out[[0, 2, 3]])
     assert not again[1].any()
+
+
+@pytest.mark.parametrize("window", [0, 1, 63, 64, 65, 130])
+def test_a_row_sees_its_window_and_sinks_take_a_share(window: int) -> None:
+    """What lies before the window is never merged: its splits are not computed, though other rows
+    of a tile may be."""
+    where = paging([1, 64, 65, 200], [1, 1, 1, 1], 1)
+    q, k, v = random(4, HEADS, HEAD_DIM), cache(4), cache(4)
+    kind = splits.WindowAndSinks(window, 3.0 * random(HEADS, dtype=torch.float32))
+    out = run_attention(q, k, v, where, kind)
+    assert_close(out, attention_reference(q, k, v, where, kind))
+    without = splits.WindowAndSinks(window)
+    assert_close(
+        run_attention(q, k, v, where, without), attention_reference(q, k, v, where, without)
+    )
 
 
 def test_prefill_attention_gives_the_bits_of_decode() -> None:
@@ -385,8 +413,8 @@ def test_queries_and_keys_are_normed_rotated_and_stored() -> None:
     cos, sin = rotations(64)
     q, k, v = poison(3, HEADS, HEAD_DIM), cache(2), cache(2)
     k_before = k.clone()
-    qkv_parts = attention.QkvParts(qkv, q_norm, k_norm, cos, sin, EPS)
-    attention.rotate_and_store(qkv_parts, where, q, k, v)
+    qkv_parts = projected_heads.QkvParts(qkv, q_norm, k_norm, cos, sin, EPS)
+    projected_heads.rotate_and_store(qkv_parts, where, q, k, v)
     x = qkv.double().sum(0).view(3, heads, HEAD_DIM)
 
     def rotate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -404,10 +432,11 @@ def test_queries_and_keys_are_normed_rotated_and_stored() -> None:
     assert int((k != k_before).any(-1).sum()) == 3 * KV_HEADS
 
 
-@pytest.mark.parametrize("programs", [2048, 1])
-@pytest.mark.parametrize("span", [16, 2])
+@pytest.mark.parametrize(
+    ("span", "programs", "window"), [(16, 2048, 0), (16, 1, 0), (2, 2048, 0), (2, 1, 0), (2, 1, 70)]
+)
 def test_attention_all_by_itself_gives_the_bits_of_three_kernels(
-    span: int, programs: int, monkeypatch: pytest.MonkeyPatch
+    span: int, programs: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if one program computes several splits and spans are merged. The old content of a new
     token's cache row is never seen. The counts of arrivals are zero again."""
@@ -418,7 +447,10 @@ def test_attention_all_by_itself_gives_the_bits_of_three_kernels(
     where = paging([1, 64, 65, 200], [1, 1, 1, 1], 1)
     where.position_T[1] = -1
     qkv = random(4, 4, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=torch.float32)
-    qkv_parts = attention.QkvParts(qkv, random(HEAD_DIM), random(HEAD_DIM), *rotations(256), EPS)
+    qkv_parts = projected_heads.QkvParts(
+        qkv, random(HEAD_DIM), random(HEAD_DIM), *rotations(256), EPS
+    )
+    kind = splits.WindowAndSinks(window, random(HEADS, dtype=torch.float32) if window else None)
     k, v = cache(4), cache(4)
     for row in (0, 2, 3):
         at = int(where.position_T[row])
@@ -431,7 +463,7 @@ def test_attention_all_by_itself_gives_the_bits_of_three_kernels(
         monkeypatch.setattr(attention, "FUSED_ATTENTION_ROWS_MAX", rows_max)
         keys, values, out = k.clone(), v.clone(), poison(4, HEADS * HEAD_DIM)
         q, room = poison(4, HEADS, HEAD_DIM), partials(4)
-        attention.attend_projected(qkv_parts, where, q, keys, values, room, merging, out)
+        attention.attend_projected(qkv_parts, where, q, keys, values, room, merging, out, kind=kind)
         assert bool(q.isnan().all()) == (rows_max == 4)
         assert not arrivals.any()
         splits_of_rows = (of_split[[0, 2, 3]].nan_to_num() for of_split in room)

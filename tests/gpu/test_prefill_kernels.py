@@ -82,7 +82,9 @@ def test_a_row_has_the_routers_scores_of_a_decode_among_any_number_of_rows(rows:
         mine, part = x[these].contiguous(), parts[:, these].contiguous()
         x_out, h = torch.empty_like(mine), random(*mine.shape)
         scores = poison(len(mine), num_experts, dtype=torch.float32)
-        residual.add_norm(mine, part, w_norm, x_out, h, eps=1e-6, router=(w_router, scores))
+        residual.add_norm(
+            mine, part, w_norm, x_out, h, eps=1e-6, router=residual.Router(w_router, scores)
+        )
         return scores
 
     many = scores_of(slice(None))
@@ -150,13 +152,18 @@ def run_experts(
     return y
 
 
+@pytest.mark.parametrize("window", [0, 20, 100])
 @pytest.mark.parametrize("span", [2, 16])
-def test_a_chunk_attends_to_the_bits_of_decode(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_attends_to_the_bits_of_decode(
+    span: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two sequences: one that begins, one whose chunk follows a long context over several spans,
-    beside a single row."""
+    beside a single row. Rows of a tile see windows that begin in different splits."""
+    sinks = None if not window else random(HEADS, dtype=torch.float32)
+    kind = splits.WindowAndSinks(window, sinks)
     monkeypatch.setattr(splits, "SPAN", span)
     monkeypatch.setattr(chunk_attention, "SPAN", span)
-    positions = [*range(3), *range(185, 197), 250]
+    positions = [*range(3), *range(205, 217), 250]
     sequence = [0] * 3 + [1] * 12 + [2]
     blocks = 16
     tables = torch.randperm(3 * blocks, device=DEVICE).view(3, blocks).to(torch.int32)
@@ -179,9 +186,9 @@ def test_a_chunk_attends_to_the_bits_of_decode(span: int, monkeypatch: pytest.Mo
         poison(*q.shape, dtype=torch.float32),
     )
     room = splits.new_partials(len(positions), HEADS, 4, HEAD_DIM, DEVICE)
-    attention.attend(q, k, v, single, room, by_split)
+    attention.attend(q, k, v, single, room, by_split, kind=kind)
     spans = splits.spans_view(room, -(-4 // span))
     for apart in (None, spans):
         out = poison(len(positions), HEADS * HEAD_DIM)
-        chunk_attention.attend_chunks(q, k, v, chunks, merged, out, spans=apart)
+        chunk_attention.attend_chunks(q, k, v, chunks, merged, out, kind=kind, spans=apart)
         assert_same(out, by_split)

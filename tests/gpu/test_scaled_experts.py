@@ -92,6 +92,7 @@ def test_each_pair_is_computed_alike_alone_and_in_any_tile(
     "tile",
     [
         ScaledTile(64, 4, 3),
+        ScaledTile(64, 4, 2, unroll=2),
         ScaledTile(128, 4, 3),
         ScaledTile(128, 8, 2),
     ],

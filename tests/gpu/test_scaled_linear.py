@@ -72,7 +72,7 @@ def test_a_whole_product_is_the_sum_of_its_parts(
     assert_same(alone[:, 0], in_parts[:, -1])
 
 
-@pytest.mark.parametrize("tile", [ScaledTile(64, 4, 2), ScaledTile(128, 4, 3)])
+@pytest.mark.parametrize("tile", [ScaledTile(64, 4, 2, unroll=2), ScaledTile(128, 4, 3)])
 def test_a_tiles_shape_changes_no_bit(tile: ScaledTile) -> None:
     x, (w, _) = random(20, 1024), weights(272, 1024)
     one, other = (poison(4, 20, 272, dtype=torch.float32) for _ in range(2))

@@ -87,6 +87,12 @@ async def health(harness: GatewayHarness, status: int, reason: str = "") -> None
             await asyncio.sleep(0.02)
 
 
+async def ready_status(url: str) -> int:
+    """Over a connection of its own."""
+    async with client_session() as http, http.get(url + "/health/ready") as response:
+        return response.status
+
+
 async def complete(harness: GatewayHarness) -> list[int]:
     async with harness.http.post(harness.url + "/v1/completions", json=BODY) as response:
         assert response.status == 200, await response.text()
@@ -191,11 +197,11 @@ async def test_one_of_those_that_share_a_port_accepts_no_more_once_it_is_told_to
                 while b"gateway_draining" not in await first.stderr.readline():
                     pass
             rank.hold_at = None
+            async with asyncio.timeout(30):  # the other one may still read etcd
+                while await ready_status(harness.url) != 200:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
             for _ in range(30):
-                async with client_session() as http:
-                    url = harness.url + "/health/ready"
-                    async with http.get(url) as response:
-                        assert response.status == 200
+                assert await ready_status(harness.url) == 200
             rank.go()
             assert await held == toy_tokens([3, 4], 20)
             async with asyncio.timeout(30):

@@ -17,14 +17,14 @@ from gpu_worker.model_tools.seeded_drafts import Guesses
 from tests.support.cluster import AtTotal, Cluster, StreamResult, running_cluster
 from tests.support.draft_checkpoints import save_with_drafts
 
-NEW_TOKENS = 400
+NEW_TOKENS = 160
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.9, "seed": 3},
     {"temperature": 1.2, "seed": 4, "top_p": 0.9, "top_k": 40},
     {"repetition_penalty": 1.1},
     {"temperature": 0.7, "seed": 5, "stop": ["qz", "xj"]},
-    {"max_tokens": 151, "logprobs": 2},
+    {"max_tokens": 61, "logprobs": 2},
 )
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ async def drafts(cluster: Cluster) -> tuple[int, int]:
     return sum(r["tokens_drafted"] for r in ranks), sum(r["drafts_accepted"] for r in ranks)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_tokens_are_those_without_drafts_though_a_rank_dies(tmp_path: Path) -> None:
     model = save_with_drafts(tmp_path / "model", guesses=Guesses.GOOD)
     async with running_cluster(tmp_path / "plain", model, ranks=1) as plain:
@@ -69,14 +69,13 @@ async def test_tokens_are_those_without_drafts_though_a_rank_dies(tmp_path: Path
     flags = ("--speculative-tokens", "1")
     async with running_cluster(tmp_path / "run", model, ranks=3, flags=flags) as cluster:
         live = await cluster.wait_live(3)
-        assert await run_streams(cluster) == expected
-        num_drafted, num_accepted = await drafts(cluster)
-        assert 0.5 * num_drafted < num_accepted < num_drafted
         total = sum(len(result.token_ids) for result in expected)
         midway = AtTotal(total // 3)
         running = asyncio.ensure_future(run_streams(cluster, on_token=midway))
         await midway.reached.wait()
         os.kill(live[1], signal.SIGKILL)
         assert await running == expected
+        num_drafted, num_accepted = await drafts(cluster)
+        assert 0.5 * num_drafted < num_accepted < num_drafted
         await cluster.wait_live(3)
         assert await run_streams(cluster) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import io
 import socket
 import stat
@@ -15,6 +16,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 import structlog
+from aiohttp import web
 
 from cli.up.options import UpOptions
 from cli.up.run_folder import RunFolder
@@ -267,3 +269,26 @@ def test_up_makes_a_token_of_its_own_for_each_run_which_no_argument_shows(tmp_pa
     assert str(file) in command
     assert tokens[1].decode() not in command
     assert HEADERS["Authorization"] not in command
+
+
+@pytest.mark.parametrize("sent", [b"", b"no HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
+async def test_nothing_stays_of_connections_that_have_ended(
+    client: AdminClient, sent: bytes
+) -> None:
+    def num_kept() -> int:
+        gc.collect()
+        return sum(type(each) is web.RequestHandler for each in gc.get_objects())
+
+    before, port = num_kept(), int(client.url.rpartition(":")[2])
+    for _ in range(50):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+    async with asyncio.timeout(5):  # less than a silent connection may last
+        while num_kept() > before + 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 import tracemalloc
 
@@ -14,6 +15,7 @@ import pytest
 from control_plane.probe_events import ProbeEvent, ProbeRefused
 from control_plane.prober import Prober
 from gpu_worker.control_server import MAY_SEND, STRANGERS_MAX, require_allowed
+from gpu_worker.engine.mailbox import DropOrigin
 from shared.errors import AddressReused, WireError
 from shared.handshake import (
     NAME_KEY_BYTES,
@@ -321,6 +323,31 @@ async def test_a_gateway_that_is_gone_has_no_client_in_flight() -> None:
         async with asyncio.timeout(10):
             while port.tenants:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+
+
+async def test_connections_that_come_and_go_leave_nothing_with_an_engine_that_reads_nothing() -> (
+    None
+):
+    """An engine may wait for a peer for long."""
+
+    def num_waiting() -> int:
+        gc.collect()
+        return sum(type(each) is DropOrigin for each in gc.get_objects())
+
+    before = num_waiting()
+    async with control_port() as port:
+        for caller in (GATEWAY, CLI, CONTROL_PLANE, rank_caller(PEER)) * 10:
+            connection = await port.enter(caller)
+            assert await connection.is_served()
+            connection.writer.close()
+        connection = await port.enter(GATEWAY)
+        connection.send(submit(f"{GATEWAY.name}/1"))
+        assert await connection.is_served()
+        connection.writer.close()
+        async with asyncio.timeout(10):
+            while num_waiting() == before:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert num_waiting() == before + 1, "of the connection that has sent a session"
 
 
 async def test_a_stranger_sends_small_frames_or_none() -> None:

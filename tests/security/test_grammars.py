@@ -271,8 +271,8 @@ async def test_another_client_is_served_while_hostile_grammars_are_checked(
     [
         (json.dumps(PLAIN).encode(), "gzip", 400),
         (json.dumps(PLAIN).encode(), "br", 415),
-        (gzip.compress(json.dumps(PLAIN).encode()), "gzip", 200),
-        (gzip.compress(b" " * (256 << 20)), "gzip", 413),
+        (gzip.compress(json.dumps(PLAIN).encode(), mtime=0), "gzip", 200),
+        (gzip.compress(b" " * (256 << 20), mtime=0), "gzip", 413),
     ],
 )
 async def test_coded_bodies(gateway: GatewayHarness, body: bytes, coding: str, status: int) -> None:

@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 REQUIREMENTS = ROOT / "requirements"
-LOCKS = sorted(path.name for path in REQUIREMENTS.iterdir())
+LOCKS = sorted(path.name for path in REQUIREMENTS.glob("*.lock"))
+SCRIPTS = {path.name: path.read_text() for path in REQUIREMENTS.glob("*.sh")}
+"""What the Dockerfile runs to install."""
 FORMS = ("docker-compose.yml", "docker-compose.cluster.yml")
 _LINE = re.compile(r"^([\w.-]+)==(\S+) --hash=sha256:[0-9a-f]{64}$", re.MULTILINE)
 
@@ -60,11 +62,14 @@ def test_the_locks_have_what_the_project_asks_for() -> None:
 
 
 def test_nothing_is_installed_without_a_hash() -> None:
-    installs = re.findall(r"pip install (.*?)(?:&&|$)", DOCKERFILE.replace("\\\n", " "), re.M)
-    assert len(installs) >= 6
+    text = "\n".join((DOCKERFILE, *SCRIPTS.values())).replace("\\\n", " ")
+    installs = re.findall(r"pip install (.*?)(?:&&|$)", text, re.M)
+    assert len(installs) == 3
     for flags in installs:
         assert "--require-hashes" in flags or "-e ." in flags, flags
         assert "--no-deps" in flags
+    locks = re.findall(r"install_locked\.sh (\S+\.lock)", DOCKERFILE)
+    assert sorted(locks) == [f"requirements/{name}" for name in LOCKS]
 
 
 def test_the_final_image_has_no_compiler_and_no_code_of_its_users() -> None:
@@ -75,6 +80,8 @@ def test_the_final_image_has_no_compiler_and_no_code_of_its_users() -> None:
     assert not re.search(compilers, found["runtime"] + found["cpu"])
     for kind in ("cpu", "cuda"):
         build, final = found[f"build-{kind}"], found[kind]
+        assert "COPY . .\nRUN requirements/install_project.sh " in build
+        build += SCRIPTS["install_project.sh"]
         assert "python -m shared.confinement" in build
         assert "cyclonedx-py environment" in build
         assert "chmod -R go-w" in build

@@ -498,9 +498,6 @@ class SimCluster:
     def all_ended(self) -> bool:
         return all(c.session is not None and c.session.ended for c in self.clients)
 
-    def no_memory_kept_for_nothing(self) -> bool:
-        return self.cards is None or not self.cards.fabric.memory_kept_for_nothing()
-
     def map_revision(self) -> int:
         """Of the map that stands in etcd, whoever has seen it."""
         found = self.etcd.values.get(self.keys.map)

@@ -32,7 +32,6 @@ from gpu_worker.cuda.experts.slots import SlotAssignment, SlotUpload
 from gpu_worker.cuda.sampling_inputs import RowDraw
 from gpu_worker.engine.step_batch import StepBatch
 from gpu_worker.exchange.replica_policy import NO_SLOT
-from shared.records import ExchangeHandles
 from shared.types import EMPTY_SLOT, Incarnation, Member, RankId
 from tests.sim.sim_loop import SimLoop, SimProcess, outside_processes, pause, pause_in_driver
 from tests.sim.sim_model import NUM_LAYERS, PRIME, TOP_K, SimModel, expert_output, experts_of
@@ -130,17 +129,6 @@ class Fabric:
     def card_of(self, rank: RankId) -> SimCard:
         return self._cards.setdefault(rank // self.sizes.ranks_per_card, SimCard())
 
-    def memory_kept_for_nothing(self) -> list[str]:
-        """Memory of processes that are gone, opened by others that never mapped it: it would not
-        become free before they end."""
-        return [
-            f"{device.member} keeps memory of {owner}, which is gone"
-            for device in self.devices.values()
-            if not device.process.dead
-            for owner in device.opened
-            if self.devices[owner].process.dead
-        ]
-
     def next_serial(self) -> int:
         self._serial += 1
         return self._serial
@@ -152,8 +140,7 @@ class Wakeable(Protocol):
 
 class SimDevice:
     """What one process has on its card: captured graphs, mask, mapped buffers. Implements
-    `runner.GraphDecoder`, `rank_mask.MaskDevice`, `mappings.MappedBuffer` and
-    `mappings.PeerMemory`."""
+    `runner.GraphDecoder`, `rank_mask.MaskDevice` and `mappings.MappedBuffer`."""
 
     def __init__(
         self,
@@ -176,7 +163,6 @@ class SimDevice:
         self.mask_R = np.zeros(num_ranks, dtype=np.int32)
         self.mask_R[member.rank] = 1
         self.mapped: dict[int, Member] = {}
-        self.opened: list[Member] = []  # their memory, before it is mapped
         self.slot_of_LUE: NDArray[np.int32] = np.zeros((NUM_LAYERS, 1, 0), dtype=np.int32)
         self.boxes: dict[tuple[int, int], deque[Message]] = {}  # by source rank and phase
         self.queue: deque[SimGraph] = deque()  # launched and not ended; the first one runs
@@ -233,8 +219,11 @@ class SimDevice:
         for rank in remote_ranks:
             assert rank not in self.mapped, "already connected"
             peer = self._incarnation_of(rank)
-            if peer not in self.opened:
-                self._map_memory(peer)
+            pause(self.process, self.fabric.loop, self.fabric.rng.uniform(*self._sizes.map_s))
+            self._check_driver()
+            device = self.fabric.devices.get(peer)
+            if device is None or device.process.dead:
+                raise RuntimeError(f"the memory of rank {peer} cannot be mapped")
             self.mapped[rank] = peer
 
     def disconnect_ranks(self, remote_ranks: list[int]) -> None:
@@ -248,17 +237,6 @@ class SimDevice:
         )
         for rank in remote_ranks:
             del self.mapped[rank]
-
-    # PeerMemory ----------------------------------------------------------------------------------
-
-    def open(self, handles: ExchangeHandles) -> None:
-        owner = _owner_of(handles)
-        self._map_memory(owner)
-        self.opened.append(owner)
-
-    def close(self, handles: ExchangeHandles) -> None:
-        self._check_driver()
-        self.opened.remove(_owner_of(handles))
 
     # ---------------------------------------------------------------------------------------------
 
@@ -308,13 +286,6 @@ class SimDevice:
         shared_by = self.card.num_busy() if self._sizes.time_sliced else 1
         return self._sizes.step_s / NUM_LAYERS * shared_by * self.fabric.rng.uniform(0.8, 1.2)
 
-    def _map_memory(self, owner: Member) -> None:
-        pause(self.process, self.fabric.loop, self.fabric.rng.uniform(*self._sizes.map_s))
-        self._check_driver()
-        device = self.fabric.devices.get(owner)
-        if device is None or device.process.dead:
-            raise RuntimeError(f"the memory of rank {owner} cannot be mapped")
-
     def _look(self) -> None:
         self._will_look = False
         if self.queue and not self.process.dead:
@@ -336,12 +307,6 @@ class SimDevice:
         self.queue.clear()
         self.card.devices.remove(self)
         self.fabric.loop.call_soon(self.card.look_again, context=outside_processes())
-
-
-def _owner_of(handles: ExchangeHandles) -> Member:
-    """See `sim_card_rank`."""
-    (incarnation,) = handles.ipc_handle
-    return Member(rank=RankId(handles.remote_key), incarnation=Incarnation(incarnation))
 
 
 class SimGraph:
@@ -519,6 +484,9 @@ class LoadCounts:
     num_experts: int = 0
 
 
+_FORM = ExpertForm(hidden_size=1, inner_size=1, dtype=torch.float32)
+
+
 @dataclass
 class SimSlots:
     """Implements `slot_loader.LoadableSlots`, and what the loader reads from: the host's copies
@@ -530,8 +498,7 @@ class SimSlots:
     fabric: Fabric
     ledger: SlotLedger = field(init=False)
     counts: LoadCounts = field(default_factory=LoadCounts)
-    num_bytes: int = 1000
-    form: ExpertForm = field(default_factory=lambda: _FORM)
+    form: ExpertForm = _FORM
 
     def __post_init__(self) -> None:
         self.ledger = SlotLedger(NUM_LAYERS, self.num_slots)
@@ -595,7 +562,6 @@ class SimSlots:
         pause_in_driver(self.process, loop, lambda end: _as_handle(loop.call_later(seconds, end)))
 
 
-_FORM = ExpertForm(hidden_size=1, inner_size=1, dtype=torch.float32)
 _VALUES = torch.zeros(_FORM.num_values)
 
 

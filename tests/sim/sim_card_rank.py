@@ -63,7 +63,6 @@ class SimCards:
             handle_store=handle_store,
             clock=context.clock,
             mapping_worker=self._worker(context),
-            peer_memory=device,
         )
         loader = CudaSlotLoader(
             slots=slots,
@@ -136,7 +135,7 @@ def _handles(member: Member) -> ExchangeHandles:
     return ExchangeHandles(
         host="sim",
         address=0,
-        remote_key=int(member.rank),
+        remote_key=0,
         subnet_prefix=0,
         interface_id=0,
         queue_pairs=(),

@@ -11,7 +11,7 @@ import os
 
 import pytest
 
-from gpu_worker.cuda.runner import CudaRunner
+from gpu_worker.cuda.runner import CudaRunner, physical_slots
 from gpu_worker.engine import sequence
 from gpu_worker.exchange.graph_barrier import GraphBarrier
 from gpu_worker.exchange.wait_policy import WaitPolicy
@@ -228,6 +228,34 @@ def test_a_resync_that_wipes_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(CudaRunner, "adopt", adopt_as_if_new)
     monkeypatch.setattr(GraphBarrier, "may_flush", lambda self, *, stopped: False)
     assert any_card_schedule_fails(14, 9, 29)
+
+
+def test_steps_that_skip_experts_and_count_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 1, on cards. Whoever dies, also one that no running step waits for."""
+    monkeypatch.setattr("gpu_worker.cuda.ep.members.EpMembers.delivers_no_more", lambda self: True)
+    assert any_card_schedule_fails(21, 19, 5)
+
+
+def test_a_table_of_slots_that_a_verdict_clears_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Invariant 1, on cards. The table is written before the mask knows of its map."""
+    adopt = CudaRunner.adopt
+
+    def write_first(self, expert_map):  # type: ignore[no-untyped-def]
+        write, map_members = self._decoder.use_slots, self._mask.map_members
+
+        def write_and_map(_):  # type: ignore[no-untyped-def]
+            write(physical_slots(expert_map, self._member.rank, self._replicas))
+            return map_members(expert_map)
+
+        with monkeypatch.context() as planted:
+            planted.setattr(self._decoder, "use_slots", lambda _: None)
+            planted.setattr(self._mask, "map_members", write_and_map)
+            return adopt(self, expert_map)
+
+    monkeypatch.setattr(CudaRunner, "adopt", write_first)
+    assert any_card_schedule_fails(21, 19, 5)
 
 
 def test_a_fenced_rank_that_stays_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ class ControlPort:
     async def connect(self) -> Connection:
         """Without a handshake."""
         connection = Connection(*await asyncio.open_connection(HOST, self.port))
+        self._writers = [writer for writer in self._writers if not writer.is_closing()]
         self._writers.append(connection.writer)
         return connection
 

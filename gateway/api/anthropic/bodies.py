@@ -8,10 +8,19 @@ import msgspec
 
 
 class Thinking(msgspec.Struct, kw_only=True):
-    """`type` is enabled, adaptive or disabled."""
+    """`type` is enabled, adaptive or disabled; `display` summarized (all of it is shown) or
+    omitted."""
 
     type: str
     budget_tokens: int | None = None
+    display: str | None = None
+
+
+class OutputConfig(msgspec.Struct, kw_only=True):
+    """`effort` is a variable of the chat template."""
+
+    format: dict[str, Any] | None = None
+    effort: str | None = None
 
 
 class CountBody(msgspec.Struct, kw_only=True):
@@ -23,6 +32,12 @@ class CountBody(msgspec.Struct, kw_only=True):
     tools: list[Any] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    # They change nothing in the answer:
+    cache_control: Any = None
+    speed: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
 
 
 class MessagesBody(CountBody, kw_only=True):
@@ -33,10 +48,12 @@ class MessagesBody(CountBody, kw_only=True):
     top_k: int | None = None
     stop_sequences: list[str] | None = None
     seed: int | None = None  # ours: that API has none
-    output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
+    # They change nothing in the answer:
     metadata: Any = None
     service_tier: Any = None
+    inference_geo: Any = None
+    diagnostics: Any = None
     # Read only to be rejected:
     container: Any = None
     mcp_servers: list[Any] | None = None

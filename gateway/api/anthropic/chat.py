@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.api.anthropic.bodies import CountBody, MessagesBody
+from gateway.api.anthropic.bodies import CountBody, MessagesBody, Thinking
+from gateway.api.reasoning import EFFORTS
 from shared.errors import RequestError
 
 _THINKING_ON = ("enabled", "adaptive")
@@ -22,7 +23,10 @@ def prompt_fields(body: CountBody) -> dict[str, Any]:
     """The fields that make up the prompt. Raises RequestError."""
     chat: dict[str, Any] = {"messages": _messages(body), "model": body.model}
     thinks = body.thinking is not None and body.thinking.type in _THINKING_ON
-    chat["chat_template_kwargs"] = {"enable_thinking": thinks, "thinking": thinks}
+    chat["chat_template_kwargs"] = {
+        **{"enable_thinking": thinks, "thinking": thinks},
+        **_effort(body),
+    }
     if _is_begun_answer(chat["messages"][-1:]):
         chat["continue_final_message"] = True
     if body.tools:
@@ -48,10 +52,31 @@ def chat_fields(body: MessagesBody) -> dict[str, Any]:
         "response_format": _response_format(body),
     }
     thinking = body.thinking
-    chat["include_reasoning"] = thinking is not None and thinking.type in _THINKING_ON
+    chat["include_reasoning"] = _shows_thinking(thinking)
     if thinking is not None and thinking.type == "enabled" and thinking.budget_tokens is not None:
         chat["thinking_token_budget"] = thinking.budget_tokens
     return {name: value for name, value in chat.items() if value is not None}
+
+
+def _effort(body: CountBody) -> dict[str, str]:
+    """For templates that read it. Raises RequestError."""
+    effort = None if body.output_config is None else body.output_config.effort
+    if effort is None:
+        return {}
+    if effort not in EFFORTS:
+        raise RequestError(
+            f"output_config: the effort must be one of {', '.join(EFFORTS)}", param="output_config"
+        )
+    return {"reasoning_effort": effort}
+
+
+def _shows_thinking(thinking: Thinking | None) -> bool:
+    """Raises RequestError."""
+    if thinking is None or thinking.type not in _THINKING_ON:
+        return False
+    if thinking.display not in (None, "summarized", "omitted"):
+        raise RequestError("thinking: display must be summarized or omitted", param="thinking")
+    return thinking.display != "omitted"
 
 
 def _is_begun_answer(last: Sequence[Mapping[str, Any]]) -> bool:
@@ -64,7 +89,7 @@ def _is_begun_answer(last: Sequence[Mapping[str, Any]]) -> bool:
 
 def _response_format(body: MessagesBody) -> dict[str, Any] | None:
     """`output_format` is the older name of `output_config.format`. Raises RequestError."""
-    param, form = "output_config", (body.output_config or {}).get("format")
+    param, form = "output_config", None if body.output_config is None else body.output_config.format
     if form is None:
         param, form = "output_format", body.output_format
     if form is None:

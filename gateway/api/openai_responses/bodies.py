@@ -10,9 +10,14 @@ from shared.errors import RequestError
 
 
 class ReasoningOptions(msgspec.Struct, kw_only=True):
+    """Of the reasoning all is shown, whatever the summary."""
+
     effort: str | None = None
     summary: Any = None
     generate_summary: Any = None
+    # Read only to be rejected:
+    context: Any = None
+    mode: Any = None
 
 
 class TextOptions(msgspec.Struct, kw_only=True):
@@ -42,12 +47,24 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     user: str | None = None
     truncation: str | None = None
     include: list[str] | None = None
+    # They change nothing in the answer:
+    stream_options: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    access_programs: Any = None
+    background_options: Any = None
     # Read only to be rejected:
     background: bool | None = None
     conversation: Any = None
     prompt: Any = None
     max_tool_calls: int | None = None
     top_logprobs: int | None = None
+    context_management: Any = None
+    moderation: Any = None
+    image: Any = None
 
 
 _ABSENT = {
@@ -56,7 +73,15 @@ _ABSENT = {
     "prompt": "templates of prompts are not kept here",
     "max_tool_calls": "tools run at the client",
     "top_logprobs": "ask /v1/chat/completions for log-probabilities",
+    "context_management": "the model reads the whole input; send less of it",
+    "moderation": "this instance judges no texts",
+    "image": "only text is served",
 }
+_PLAIN = {
+    "text": {"verbosity": (None, "medium")},
+    "reasoning": {"context": (None, "auto"), "mode": (None, "standard")},
+}
+"""Fields of objects of the body that would change the answer, with what asks for nothing."""
 _INCLUDABLE = ("reasoning.encrypted_content", "message.output_text.logprobs")
 
 
@@ -65,6 +90,10 @@ def refuse_unsupported(body: ResponsesBody) -> None:
     for name, why in _ABSENT.items():
         if getattr(body, name):
             raise RequestError(f"{name} is not supported: {why}", param=name)
+    for param, fields in _PLAIN.items():
+        for name, plain in fields.items():
+            if getattr(getattr(body, param), name, None) not in plain:
+                raise RequestError(f"{param}.{name} is not supported; leave it out", param=param)
     if body.truncation not in (None, "disabled", "auto"):
         raise RequestError("truncation must be auto or disabled", param="truncation")
     for name in body.include or ():

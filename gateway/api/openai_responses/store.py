@@ -1,5 +1,6 @@
 """The responses that a gateway remembers, so that a later request may follow one. In memory, and
-bounded: what is older or larger is forgotten. Another gateway does not know them."""
+bounded: what is older or larger is forgotten. Another gateway does not know them. They are kept as
+JSON: as Python's objects, nested lists of a client's tools took forty times the memory."""
 
 from __future__ import annotations
 
@@ -13,12 +14,36 @@ import msgspec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredResponse:
-    """`messages` is the whole chat, answer included, without instructions. `owner` is the client's
-    key, for whom alone it exists."""
+    """`response` and `chat` are JSON. `owner` is the client's key, for whom alone it exists."""
 
     owner: str
-    response: Mapping[str, Any]
-    messages: Sequence[Mapping[str, Any]]
+    id: str
+    response: bytes
+    chat: bytes
+
+    @classmethod
+    def of(
+        cls,
+        response: Mapping[str, Any],
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        owner: str,
+    ) -> StoredResponse:
+        """`messages` is the whole chat, answer included, without instructions."""
+        return cls(
+            owner=owner,
+            id=str(response["id"]),
+            response=msgspec.json.encode(response),
+            chat=msgspec.json.encode(messages),
+        )
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return msgspec.json.decode(self.chat, type=list[dict[str, Any]])
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.response) + len(self.chat)
 
 
 class ResponseStore:
@@ -26,33 +51,31 @@ class ResponseStore:
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
-        self._stored: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
+        self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
         self._num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._stored)
 
     def put(self, stored: StoredResponse) -> None:
-        size = len(msgspec.json.encode((stored.response, stored.messages)))
-        if size > self._bytes_max:
+        if stored.num_bytes > self._bytes_max:
             return
-        self._stored[str(stored.response["id"])] = (stored, size)
-        self._num_bytes += size
+        self._stored[stored.id] = stored
+        self._num_bytes += stored.num_bytes
         while self._num_bytes > self._bytes_max:
-            _, (_, dropped) = self._stored.popitem(last=False)
-            self._num_bytes -= dropped
+            _, dropped = self._stored.popitem(last=False)
+            self._num_bytes -= dropped.num_bytes
 
     def get(self, response_id: str, owner: str) -> StoredResponse | None:
         found = self._stored.get(response_id)
-        if found is None or found[0].owner != owner:
+        if found is None or found.owner != owner:
             return None
         self._stored.move_to_end(response_id)
-        return found[0]
+        return found
 
     def delete(self, response_id: str, owner: str) -> bool:
         """Whether it was there."""
         if self.get(response_id, owner) is None:
             return False
-        _, size = self._stored.pop(response_id)
-        self._num_bytes -= size
+        self._num_bytes -= self._stored.pop(response_id).num_bytes
         return True

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
-from gpu_worker.checkpoint.common_tensors import raise_if_unsupported, read_layer_types
+from gpu_worker.checkpoint.gpt_oss_config import gpt_oss_moe_shapes, read_gpt_oss_windows
 from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.cpu.expert_slots import MlpSlot
 from gpu_worker.cpu.family import Router
@@ -18,9 +18,6 @@ from gpu_worker.cpu.routers import TopKSoftmaxRouter
 from gpu_worker.cpu.weights import read_matrix, read_vector, read_weight_part
 from shared.model_spec import ModelSpec
 
-_ALPHA, _LIMIT = 1.702, 7.0
-_SLIDING, _FULL = "sliding_attention", "full_attention"
-
 
 class GptOss(GqaFamily):
     expert_activation = experts.CLAMPED_SWIGLU
@@ -29,33 +26,16 @@ class GptOss(GqaFamily):
 
     def __init__(self, spec: ModelSpec) -> None:
         raw = spec.raw
-        alpha, limit = raw.get("swiglu_alpha", _ALPHA), raw.get("swiglu_limit", _LIMIT)
-        raise_if_unsupported(
-            spec, {f"a SwiGLU of {alpha} and {limit}": (alpha, limit) != (_ALPHA, _LIMIT)}
-        )
         super().__init__(spec)
         self.qkv_bias = self.o_bias = bool(raw.get("attention_bias", True))
         self.norm_eps = float(raw.get("rms_norm_eps", 1e-5))
-        kinds = read_layer_types(spec, (_SLIDING, _FULL)) or [
-            _FULL if layer % 2 else _SLIDING for layer in range(spec.num_layers)
-        ]
-        window = int(raw.get("sliding_window") or 0)
-        self._windows = [window if kind == _SLIDING else 0 for kind in kinds]
+        self._windows = read_gpt_oss_windows(spec)
 
     def shape_of(self, layer: int) -> GqaShape:
         return replace(self.shape, window=self._windows[layer])
 
     def moe_shapes(self, layer: int) -> dict[str, Shape]:
-        spec, prefix = self.spec, self.mlp_prefix(layer)
-        num_experts, inner_size = spec.num_experts, spec.moe_intermediate_size
-        return {
-            f"{prefix}.router.weight": (num_experts, spec.hidden_size),
-            f"{prefix}.router.bias": (num_experts,),
-            f"{prefix}.experts.gate_up_proj": (num_experts, spec.hidden_size, 2 * inner_size),
-            f"{prefix}.experts.gate_up_proj_bias": (num_experts, 2 * inner_size),
-            f"{prefix}.experts.down_proj": (num_experts, inner_size, spec.hidden_size),
-            f"{prefix}.experts.down_proj_bias": (num_experts, spec.hidden_size),
-        }
+        return gpt_oss_moe_shapes(self.spec, self.mlp_prefix(layer))
 
     def read_router(self, checkpoint: Checkpoint, layer: int) -> Router:
         prefix = f"{self.mlp_prefix(layer)}.router"

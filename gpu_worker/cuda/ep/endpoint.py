@@ -45,8 +45,7 @@ class EpEndpoint:
         return self._mask.is_connected(target)
 
     def forget(self, member: Member) -> None:
-        """What is mapped stays so: the engine may still run a map that names it."""
-        self._mask.forget(member)
+        """Nothing yet: the engine may still run a map that names it."""
 
     def sweep(self) -> None:
         """Nothing: a buffer is unmapped when the next incarnation of its rank is adopted."""
@@ -69,11 +68,14 @@ def handles_of(peer: RankRecord, kind: ExchangeKind, step_tokens_max: int) -> Ex
     return handles
 
 
-class SingleRankEndpoint:
-    """Implements `link_keeper.DataEndpoint` for an instance of one rank."""
+class NoExchangeEndpoint:
+    """Implements `link_keeper.DataEndpoint` for ranks that exchange nothing: of a dense model, or
+    in an instance of one rank."""
 
-    def __init__(self, member: Member) -> None:
-        self.name = f"solo-{member}"
+    def __init__(self, member: Member, *, has_peers: bool) -> None:
+        self.name = f"alone-{member}"
+        self._has_peers = has_peers
+        self._met: set[Member] = set()
 
     def next_generation(self, target: Member) -> int:
         return 0
@@ -82,15 +84,19 @@ class SingleRankEndpoint:
         return GivenRegion(0, 0)
 
     def connect(self, region: RegionOpened, peer: RankRecord) -> None:
-        raise ConnectionError("this rank was started for an instance of one rank")
+        """Raises ConnectionError if this rank shall have no peers."""
+        if not self._has_peers:
+            raise ConnectionError("this rank was started for an instance of one rank")
+        self._met.add(peer.member)
 
     @property
     def memory_links(self) -> tuple[Member, ...]:
         return ()
 
     def is_open(self, target: Member) -> bool:
-        return False
+        return target in self._met
 
-    def forget(self, member: Member) -> None: ...
+    def forget(self, member: Member) -> None:
+        self._met.discard(member)
 
     def sweep(self) -> None: ...

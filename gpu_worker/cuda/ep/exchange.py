@@ -29,7 +29,6 @@ from torch import Tensor
 
 from gpu_worker.cuda.ep.handles import HandleStore
 from gpu_worker.cuda.ep.members import MaskChange
-from gpu_worker.cuda.ep.peer_memory import CudaPeerMemory
 from gpu_worker.cuda.ep.rank_mask import RankMask
 from gpu_worker.cuda.streams import on_stream
 from gpu_worker.exchange.replica_policy import NO_SLOT
@@ -80,20 +79,19 @@ class CudaMask:
         self._zero = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._wanted_R = torch.zeros(num_ranks, dtype=torch.int32).pin_memory()
         self._checked = torch.zeros(1, dtype=torch.int32, device=device)
-        self._slot_table: Tensor | None = None
-        self._no_slots: Tensor | None = None
+        self._slot_tables: tuple[Tensor, Tensor] | None = None  # the one in use, and an empty one
 
     def watch_slot_table(self, slot_of_LUE: Tensor) -> None:
         """The table from which running kernels take each token's slots."""
-        self._slot_table = slot_of_LUE
-        no_slots = torch.full(slot_of_LUE.shape, NO_SLOT, dtype=slot_of_LUE.dtype)
-        self._no_slots = no_slots.pin_memory()
+        empty_LUE = torch.full(slot_of_LUE.shape, NO_SLOT, dtype=slot_of_LUE.dtype)
+        self._slot_tables = slot_of_LUE, empty_LUE.pin_memory()
 
     def skip_experts(self) -> None:
-        if self._slot_table is None or self._no_slots is None:
+        if self._slot_tables is None:
             return
+        slot_of_LUE, empty_LUE = self._slot_tables
         with on_stream(self._side_stream):
-            self._slot_table.copy_(self._no_slots, non_blocking=True)
+            slot_of_LUE.copy_(empty_LUE, non_blocking=True)
             self._side_stream.synchronize()
 
     def clear(self, ranks: Sequence[RankId]) -> None:
@@ -151,7 +149,6 @@ class EpExchange:
             handle_store=handle_store,
             clock=clock,
             mapping_worker=WorkerThread("mappings", lambda: torch.cuda.set_device(device)),
-            peer_memory=CudaPeerMemory(),
         )
         self._handles: dict[int, tuple[Any, ...]] = {}
         self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / 128]`

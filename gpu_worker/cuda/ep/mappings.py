@@ -5,10 +5,10 @@ Mooncake disconnects a rank only when no kernel of this process runs, and holds 
 then. Unmapping memory may also wait for kernels of other processes on the card, and those may wait
 for this process. So a buffer that must be unmapped under an adopted map stays mapped until the
 pause in which the next incarnation is adopted (see `exchange/graph_barrier.py`); the next
-incarnation is mapped in that pause too. Its memory is opened before, so that this is short. If
-nothing has to be unmapped, an incarnation is mapped at once. Both wait for no kernel, and show
-before a map names the incarnation whether it can be mapped. An incarnation that came back in its
-process has the buffer of the one before it, which is mapped already.
+incarnation is mapped in that pause too. If nothing has to be unmapped, an incarnation is mapped at
+once: that waits for no kernel, and it shows before a map names the incarnation whether it can be
+mapped. An incarnation that came back in its process has the buffer of the one before it, which is
+mapped already.
 """
 
 from __future__ import annotations
@@ -39,14 +39,6 @@ class MappedBuffer(Protocol):
     def disconnect_ranks(self, remote_ranks: list[int]) -> None: ...
 
 
-class PeerMemory(Protocol):
-    """Implemented by `peer_memory.CudaPeerMemory`. Both raise RuntimeError."""
-
-    def open(self, handles: ExchangeHandles) -> None: ...
-
-    def close(self, handles: ExchangeHandles) -> None: ...
-
-
 class EpMappings:
     """Maps and unmaps on a thread of its own, one peer at a time. CUDA keeps the last error per
     thread, so the error of a failed attempt does not reach the engine's launches."""
@@ -60,7 +52,6 @@ class EpMappings:
         clock: Clock,
         worker: Worker,
         check_device: Callable[[], None],
-        peer_memory: PeerMemory,
     ) -> None:
         """`lock` guards `ep_members`. `worker` maps and unmaps. `check_device` raises DeviceLost if
         this process can use its own card no more."""
@@ -71,17 +62,11 @@ class EpMappings:
         self._clock = clock
         self._worker = worker
         self._check_device = check_device
-        self._peer_memory = peer_memory
-        self._opened: dict[Member, ExchangeHandles] = {}  # before they may be mapped
 
     def connect(self, peer: Member, handles: ExchangeHandles) -> None:
         """Meets this incarnation, and maps it if that may be done at once. Raises ConnectionError
         if the peer cannot be mapped, DeviceLost if nobody can."""
         self._worker.call(lambda: self._connect(peer, handles))
-
-    def forget(self, member: Member) -> None:
-        """It is gone. Memory of it that is not mapped is freed; what is mapped stays so."""
-        self._worker.submit(lambda: self._close_memory(member))
 
     def map_members(self, expert_map: ExpertMap) -> Future[None]:
         """Nothing is in flight on any member until the future has ended. A member that cannot be
@@ -101,15 +86,11 @@ class EpMappings:
             if is_mapped:
                 self._ep_members.note_mapped(peer)
         self._handle_store.set_handles(peer.rank, handles)
-        if not is_mapped:
+        if at_once and not is_mapped:
+            self._unmap([peer])
             try:
-                if at_once:
-                    self._unmap([peer])
-                    self._map(peer)
-                elif peer not in self._opened:
-                    self._peer_memory.open(handles)
-                    self._opened[peer] = handles
-            except RuntimeError as error:  # the only kind, whoever is to blame
+                self._map(peer)
+            except RuntimeError as error:  # Mooncake's only kind, whoever is to blame
                 self._check_device()
                 raise ConnectionError(f"rank {peer}: {error}") from error
         with self._lock:
@@ -155,13 +136,3 @@ class EpMappings:
         self._handle_store.note_mapped(member.rank)
         with self._lock:
             self._ep_members.note_mapped(member)
-        self._close_memory(member)
-
-    def _close_memory(self, member: Member) -> None:
-        handles = self._opened.pop(member, None)
-        if handles is None:
-            return
-        try:
-            self._peer_memory.close(handles)
-        except RuntimeError as error:
-            log.warning("peer_memory_not_closed", peer=str(member), detail=str(error))

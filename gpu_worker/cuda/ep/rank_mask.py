@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.cuda.ep.handles import HandleStore
-from gpu_worker.cuda.ep.mappings import EpMappings, MappedBuffer, PeerMemory
+from gpu_worker.cuda.ep.mappings import EpMappings, MappedBuffer
 from gpu_worker.cuda.ep.members import EpMembers, MaskChange
 from gpu_worker.exchange.worker_thread import Worker
 from shared.clock import Clock
@@ -72,7 +72,6 @@ class RankMask:
         handle_store: HandleStore,
         clock: Clock,
         mapping_worker: Worker,
-        peer_memory: PeerMemory,
         former: RankMask | None = None,
     ) -> None:
         """`mapping_worker` maps and unmaps peers' buffers. `former`: see `renew`."""
@@ -81,7 +80,6 @@ class RankMask:
         self._handle_store = handle_store
         self._clock = clock
         self._mapping_worker = mapping_worker
-        self._peer_memory = peer_memory
         self._lock: threading.Lock = threading.Lock() if former is None else former._lock
         self._members: EpMembers = (
             EpMembers(member) if former is None else former._members.renewed(member)
@@ -94,7 +92,6 @@ class RankMask:
             clock,
             mapping_worker,
             self.check_device,
-            peer_memory,
         )
 
     def end(self) -> None:
@@ -116,7 +113,6 @@ class RankMask:
             handle_store=self._handle_store,
             clock=self._clock,
             mapping_worker=self._mapping_worker,
-            peer_memory=self._peer_memory,
             former=self,
         )
 
@@ -145,10 +141,6 @@ class RankMask:
         the adopted map still names a former incarnation of its rank, or if its memory cannot be
         mapped, as that of a process that has just died. Raises DeviceLost if the own card fails."""
         self._mappings.connect(peer, handles)
-
-    def forget(self, member: Member) -> None:
-        """It is gone, perhaps before a map has named it. Any thread."""
-        self._mappings.forget(member)
 
     def is_connected(self, member: Member) -> bool:
         return self._members.is_connected(member)

@@ -1,6 +1,6 @@
 """The form of one expert's weights on a CUDA rank: in plain numbers of the model's dtype, or in
-block-scaled FP8 as the checkpoint stores them. Slots, copies on the host and staging memory hold
-the same parts; on the host they lie one after the other."""
+block-scaled FP8 as the checkpoint stores them; plain ones with or without biases. Slots, copies on
+the host and staging memory hold the same parts; on the host they lie one after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu_worker.cuda.weights.scaled_blocks import CODES, num_blocks
 
 class ExpertPart(NamedTuple):
     dtype: torch.dtype
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -25,20 +25,28 @@ class ExpertPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertForm:
-    """`dtype` is the model's. `scaled` experts are `scaled_blocks.ScaledBlocks`."""
+    """`dtype` is the model's. `scaled` experts are `scaled_blocks.ScaledBlocks`, and have no
+    biases. A dense model has one expert, whose inner size is 0."""
 
     hidden_size: int
     inner_size: int
     dtype: torch.dtype
     scaled: bool = False
+    biased: bool = False
+
+    def __post_init__(self) -> None:
+        assert not (self.scaled and self.biased), "no kernel adds biases to scaled products"
 
     @property
     def parts(self) -> tuple[ExpertPart, ...]:
         """Gate and up `[2I, H]`, then down `[H, I]`; if scaled, both as codes, then the scales of
-        the first and of the second."""
+        the first and of the second; if biased, then their biases."""
         hidden, inner = self.hidden_size, self.inner_size
         dtype = CODES if self.scaled else self.dtype
         weights = (ExpertPart(dtype, (2 * inner, hidden)), ExpertPart(dtype, (hidden, inner)))
+        if self.biased:
+            biases = (ExpertPart(dtype, (2 * inner,)), ExpertPart(dtype, (hidden,)))
+            return (*weights, *biases)
         if not self.scaled:
             return weights
         across, deep = num_blocks(hidden), num_blocks(inner)

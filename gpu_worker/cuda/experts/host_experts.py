@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.cuda.experts.expert_cache import ExpertCache, ExpertCacheHeader
-from gpu_worker.cuda.experts.expert_reader import ExpertReader
+from gpu_worker.cuda.experts.expert_reader import ExpertSource
 from shared.errors import CheckpointError
 from shared.expert_cache_memory import ExpertCacheMemory
 
@@ -30,7 +30,7 @@ class HostExperts:
     """May be used by several threads. Layers are MoE layers. A returned copy stays valid until
     `close`. Without a cache there are no copies."""
 
-    def __init__(self, reader: ExpertReader, cache: ExpertCache | None) -> None:
+    def __init__(self, reader: ExpertSource, cache: ExpertCache | None) -> None:
         self._reader = reader
         self._cache = cache
         self._thread: threading.Thread | None = None
@@ -165,13 +165,13 @@ class HostExperts:
 
 
 def open_host_experts(
-    reader: ExpertReader,
+    reader: ExpertSource,
     memory: ExpertCacheMemory | None,
     header: ExpertCacheHeader,
 ) -> HostExperts:
     """If the memory holds other experts or the host refuses, no copies are used, and the log says
     why."""
-    if memory is None:
+    if memory is None or not reader.form.num_values:
         return HostExperts(reader, None)
     try:
         cache = ExpertCache(memory, header, reader.form)
@@ -182,7 +182,7 @@ def open_host_experts(
     return HostExperts(reader, cache)
 
 
-def _log_fields(cache: ExpertCache, reader: ExpertReader) -> dict[str, float]:
+def _log_fields(cache: ExpertCache, reader: ExpertSource) -> dict[str, float]:
     """Fields for a log line."""
     num = cache.num_complete()
-    return {"experts": num, "gb": round(num * reader.num_bytes / _GB, 3)}
+    return {"experts": num, "gb": round(num * reader.form.num_bytes / _GB, 3)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
@@ -22,8 +23,7 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.load_progress import LoadProgress
 from gpu_worker.cuda.experts.checksum import checksum_of
-from gpu_worker.cuda.experts.expert_form import ExpertForm
-from gpu_worker.cuda.experts.expert_reader import ExpertReader
+from gpu_worker.cuda.experts.expert_reader import ExpertSource
 from gpu_worker.cuda.experts.slots import SlotAssignment, SlotUpload
 from gpu_worker.cuda.weights.pinned_memory import pinned
 from shared.errors import CheckpointError
@@ -48,18 +48,6 @@ class LoadableSlots(Protocol):
     def begin_load(self, wanted_LS: NDArray[np.int16]) -> list[SlotAssignment]: ...
 
     def load(self, uploads: Sequence[SlotUpload]) -> list[SlotUpload]: ...
-
-
-class ExpertSource(Protocol):
-    """See `expert_reader.ExpertReader`."""
-
-    @property
-    def form(self) -> ExpertForm: ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def read(self, layer: int, expert: int, out_N: Tensor) -> None: ...
 
 
 class ExpertCopies(Protocol):
@@ -151,7 +139,7 @@ class CudaSlotLoader:
             else:
                 staged.append(assignment)
         for batch in _batches(pinned, PROGRESS_EVERY):
-            yield self._load_copies(batch, None)
+            yield self._count(self._load_copies(batch, None))
         size = min(self._staged_max, max(1, -(-len(staged) // self._num_readers)))
         with self._open_readers() as pool:
             futures = [pool.submit(self._load_staged, batch) for batch in _batches(staged, size)]
@@ -163,11 +151,22 @@ class CudaSlotLoader:
                 pool.shutdown(cancel_futures=True)
 
     def _load_staged(self, assignments: Sequence[SlotAssignment]) -> _Loaded:
-        staging_BN = self._free.get()
-        try:
-            return self._load_copies(assignments, staging_BN)
-        finally:
-            self._free.put(staging_BN)
+        with self._staging() as staging_BN:
+            return self._count(self._load_copies(assignments, staging_BN))
+
+    def _load_missing(self, assignment: SlotAssignment) -> _Loaded:
+        """From a copy that another rank has made meanwhile, or from one that is made now for all
+        ranks of the host, whose bytes the reader counts."""
+        layer, expert = assignment.layer, assignment.expert
+        if self._host_experts.cached_values(layer, expert) is not None:
+            return self._load_staged([assignment])
+        is_copied = self._host_experts.cache_expert(layer, expert) is not None
+        with self._staging() as staging_BN:
+            if is_copied:
+                self._load_copies([assignment], staging_BN)
+            else:
+                self._load_from_checkpoint(assignment, staging_BN[0])
+        return _Loaded(1, 0)
 
     def _load_copies(
         self, assignments: Sequence[SlotAssignment], staging_BN: Tensor | None
@@ -184,29 +183,31 @@ class CudaSlotLoader:
                 copy = staging_BN[len(uploads)].copy_(copy)
             known = self._host_experts.checksum(assignment.layer, assignment.expert)
             uploads.append(SlotUpload(*assignment, copy, known))
-        damaged = self._slots.load(uploads)
-        for upload in damaged:
-            self._note_damaged(SlotAssignment(upload.layer, upload.slot, upload.expert))
-        from_host = len(uploads) - len(damaged)
-        self._progress.count(from_host * self._reader.num_bytes)
-        again = [SlotAssignment(u.layer, u.slot, u.expert) for u in damaged] + rejected
-        for assignment in again:
-            self._load_through(assignment, staging_BN)
-        return _Loaded(len(assignments), from_host)
+        damaged = [SlotAssignment(u.layer, u.slot, u.expert) for u in self._slots.load(uploads)]
+        for assignment in damaged:
+            self._reject(assignment)
+        if again := damaged + rejected:
+            with nullcontext(staging_BN) if staging_BN is not None else self._staging() as free_BN:
+                for assignment in again:
+                    self._load_from_checkpoint(assignment, free_BN[0])
+        return _Loaded(len(assignments), len(uploads) - len(damaged))
 
-    def _load_missing(self, assignment: SlotAssignment) -> _Loaded:
-        """From a copy that another rank has made meanwhile, or from one that is made now for all
-        ranks of the host."""
-        layer, expert = assignment.layer, assignment.expert
-        if self._host_experts.cached_values(layer, expert) is not None:
-            return self._load_staged([assignment])
-        if self._host_experts.cache_expert(layer, expert) is None:
-            self._load_through(assignment, None)
-        else:
-            self._load_staged([assignment])
-        return _Loaded(1, 0)
+    def _count(self, loaded: _Loaded) -> _Loaded:
+        """What came from copies, expert by expert. The reader counts the rest."""
+        for _ in range(loaded.from_host):
+            self._progress.count(self._reader.form.num_bytes)
+        return loaded
 
-    def _note_damaged(self, assignment: SlotAssignment) -> None:
+    @contextmanager
+    def _staging(self) -> Iterator[Tensor]:
+        staging_BN = self._free.get()
+        try:
+            yield staging_BN
+        finally:
+            self._free.put(staging_BN)
+
+    def _reject(self, assignment: SlotAssignment) -> None:
+        """Its copy is damaged."""
         self._num_rejected += 1
         log.error(
             "expert_copy_damaged",
@@ -216,18 +217,9 @@ class CudaSlotLoader:
         )
         self._host_experts.reject(assignment.layer, assignment.expert)
 
-    def _load_through(self, assignment: SlotAssignment, staging_BN: Tensor | None) -> None:
-        """From the checkpoint, through this staging memory or the next that is free. Raises
-        CheckpointError, also if twice something else has arrived in the slot than what was
-        read."""
-        if staging_BN is None:
-            staging_BN = self._free.get()
-            try:
-                self._load_through(assignment, staging_BN)
-            finally:
-                self._free.put(staging_BN)
-            return
-        staging_N = staging_BN[0]
+    def _load_from_checkpoint(self, assignment: SlotAssignment, staging_N: Tensor) -> None:
+        """Raises CheckpointError, also if twice something else has arrived in the slot than what
+        was read."""
         for _ in range(2):
             self._reader.read(assignment.layer, assignment.expert, staging_N)
             known = checksum_of(staging_N, self._reader.form)
@@ -249,21 +241,24 @@ def _batches(
 def open_slot_loader(
     *,
     slots: LoadableSlots,
-    reader: ExpertReader,
+    reader: ExpertSource,
     host_experts: ExpertCopies,
     progress: LoadProgress,
     device: torch.device,
     num_readers: int = NUM_READERS,
 ) -> CudaSlotLoader:
     """Pins memory for each reader, for copies to `device`."""
-    num_experts = max(1, STAGING_BYTES // reader.num_bytes)
+    form = reader.form
+    num_experts = max(1, STAGING_BYTES // form.num_bytes) if form.num_bytes else 1
     return CudaSlotLoader(
         slots=slots,
         reader=reader,
         host_experts=host_experts,
         progress=progress,
         staging=[
-            pinned(num_experts * reader.num_values, reader.dtype, device).view(num_experts, -1)
+            pinned(num_experts * form.num_values, form.flat_dtype, device).view(
+                num_experts, form.num_values
+            )
             for _ in range(num_readers)
         ],
         open_readers=lambda: ThreadPoolExecutor(num_readers),

@@ -47,7 +47,8 @@ class SlotUpload(NamedTuple):
 
 class CudaSlots:
     """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up). If `form.scaled`, the
-    weights are codes, and have scales `[L, S, …]` as in `ScaledBlocks`; otherwise those are None.
+    weights are codes, and have scales `[L, S, …]` as in `ScaledBlocks`; if `form.biased`, they have
+    biases. Otherwise those are None.
 
     No table that a running step reads may name a slot that an upload writes. The planner ensures
     this: it names a slot only after `contents` shows its expert.
@@ -63,10 +64,15 @@ class CudaSlots:
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
         scaled: bool = False,
+        biased: bool = False,
     ) -> None:
         leading = (num_layers, slots_per_rank)
         self.form = form = ExpertForm(
-            hidden_size=hidden_size, inner_size=inner_size, dtype=dtype, scaled=scaled
+            hidden_size=hidden_size,
+            inner_size=inner_size,
+            dtype=dtype,
+            scaled=scaled,
+            biased=biased,
         )
         self.device = device
         self.parts = [  # of `form`, each with all layers and slots
@@ -76,6 +82,8 @@ class CudaSlots:
         self.w_gate_up_LSJH, self.w_down_LSHI = self.parts[:2]
         self.gate_up_scales = self.parts[2] if form.scaled else None
         self.down_scales = self.parts[3] if form.scaled else None
+        self.b_gate_up_LSJ = self.parts[2] if form.biased else None
+        self.b_down_LSH = self.parts[3] if form.biased else None
         self.num_layers, self.slots_per_rank = leading
         self._ledger = SlotLedger(num_layers, slots_per_rank)
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -136,6 +144,8 @@ class CudaSlots:
                 _fill_randomly(weights[layer, :num_experts], std)
                 if scales is not None:
                     scales[layer, :num_experts] = std / CODES_STD
+            for bias in self.parts[2:] if self.form.biased else ():
+                bias[layer, :num_experts].normal_(std=std)
             for expert in range(num_experts):
                 self._ledger.set(layer, expert, expert)
 

@@ -1,5 +1,6 @@
-"""Grouped-query attention over the paged KV cache: norm and rotation of queries and keys, the write
-into the cache, attention in splits of a fixed number of positions, and the merge of the splits.
+"""Grouped-query attention over the paged KV cache, in splits of a fixed number of positions, and
+the merge of the splits. With a window, splits that lie wholly before it are neither read nor
+merged.
 
 The cache is `k_BJUD` and `v_BJUD`. A *tile* is one or more tokens of one sequence at rising
 positions, so that a prefill chunk reads each key once per tile. A row position of -1 means that the
@@ -19,10 +20,14 @@ import triton
 import triton.language as tl
 
 from gpu_worker.cuda.kernels.paging import Paging, cache_row, cache_rows
+from gpu_worker.cuda.kernels.projected_heads import ROTATION_WARPS, QkvParts, rotate_and_store
 from gpu_worker.cuda.kernels.rotated_heads import rotated_key, rotated_queries, summed_value
 from gpu_worker.cuda.kernels.splits import (
+    SEES_ALL,
     SPAN,
     Partials,
+    WindowAndSinks,
+    first_split_of,
     merge_after,
     merge_splits,
     store_partials,
@@ -30,8 +35,6 @@ from gpu_worker.cuda.kernels.splits import (
 
 SPLIT_TOKENS = 64
 LOG2_E = 1.4426950408889634
-_ROTATION_WARPS = 4
-"""The number of warps of a rotation changes its bits; that of attention alone does not."""
 FUSED_ATTENTION_ROWS_MAX = 2
 """With more rows, rotating the same queries in every split costs more than a second launch."""
 
@@ -58,54 +61,11 @@ class MergeBuffers(NamedTuple):
     arrivals_TJY: torch.Tensor
 
 
-class QkvParts(NamedTuple):
-    """A step's queries, keys and values as parts of a split-K GEMM, side by side in this order, and
-    the inputs of norm and rotation for queries and keys. Cosines and sines are by position."""
-
-    qkv_PTC: torch.Tensor
-    q_norm_D: torch.Tensor
-    k_norm_D: torch.Tensor
-    cos_CD: torch.Tensor
-    sin_CD: torch.Tensor
-    eps: float
-
-
 class FusedInputs(NamedTuple):
     """The inputs of attention that also does the rotation and the merge."""
 
     qkv_parts: QkvParts
     merging: MergeBuffers
-
-
-def rotate_and_store(
-    qkv_parts: QkvParts,
-    paging: Paging,
-    q_TQD: torch.Tensor,
-    k_BJUD: torch.Tensor,
-    v_BJUD: torch.Tensor,
-) -> None:
-    """Writes normed and rotated queries to `q_TQD`, and keys and values to the cache."""
-    parts, rows, columns = qkv_parts.qkv_PTC.shape
-    _, heads, head_dim = q_TQD.shape
-    _, num_kv_heads, block_tokens, _ = k_BJUD.shape
-    _rotate_and_store[(rows, 3 * num_kv_heads)](
-        *qkv_parts,
-        paging.position_T,
-        paging.sequence_T,
-        paging.tables_SB,
-        q_TQD,
-        k_BJUD,
-        v_BJUD,
-        rows * columns,
-        paging.tables_SB.shape[1],
-        PARTS=parts,
-        HEADS=heads,
-        KV_HEADS=num_kv_heads,
-        HALF=head_dim // 2,
-        ROWS=max(16, triton.next_power_of_2(heads // num_kv_heads)),
-        BLOCK_TOKENS=block_tokens,
-        num_warps=_ROTATION_WARPS,
-    )
 
 
 def attend_projected(
@@ -117,16 +77,20 @@ def attend_projected(
     partials: Partials,
     merging: MergeBuffers,
     out_TC: torch.Tensor,
+    *,
+    kind: WindowAndSinks = SEES_ALL,
 ) -> None:
     """Does `rotate_and_store`, then `attend`. If there are few rows and each is the only one of its
     sequence (`tiles_C2` is None), one kernel does both and gives the same bits. `q_TQD` is scratch
     for the rotated queries."""
     if paging.tiles_C2 is None and q_TQD.shape[0] <= FUSED_ATTENTION_ROWS_MAX:
         fused_inputs = FusedInputs(qkv_parts, merging)
-        attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC, fused_inputs=fused_inputs)
+        attend(
+            q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC, kind=kind, fused_inputs=fused_inputs
+        )
         return
     rotate_and_store(qkv_parts, paging, q_TQD, k_BJUD, v_BJUD)
-    attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC)
+    attend(q_TQD, k_BJUD, v_BJUD, paging, partials, out_TC, kind=kind)
 
 
 def attend(
@@ -137,6 +101,7 @@ def attend(
     partials: Partials,
     out_TC: torch.Tensor,
     *,
+    kind: WindowAndSinks = SEES_ALL,
     fused_inputs: FusedInputs | None = None,
     tile: AttentionTile | None = None,
 ) -> None:
@@ -152,8 +117,9 @@ def attend(
     group = triton.next_power_of_2(heads // num_kv_heads)
     num_tiles = rows if paging.tiles_C2 is None else paging.tiles_C2.shape[0]
     splits_max = partials.maximum_TQX.shape[2]
-    side_by_side = max(1, min(splits_max, tile.programs // (num_tiles * num_kv_heads)))
-    qkv_parts = QkvParts(q_TQD, q_TQD, q_TQD, q_TQD, q_TQD, 0.0)
+    seen_max = kind.splits_seen_max(splits_max, SPLIT_TOKENS)
+    side_by_side = max(1, min(seen_max, tile.programs // (num_tiles * num_kv_heads)))
+    qkv_parts = QkvParts(q_TQD, None, None, q_TQD, q_TQD, 0.0)
     merging = MergeBuffers(partials, paging.position_T)
     if fused_inputs is not None:
         qkv_parts, merging = fused_inputs
@@ -166,9 +132,10 @@ def attend(
         paging.tables_SB,
         paging.position_T if paging.tiles_C2 is None else paging.tiles_C2,
         *partials,
-        *qkv_parts,
+        *qkv_parts.arguments(),
         *merging.spans,
         merging.arrivals_TJY,
+        kind.sinks_or(out_TC),
         out_TC,
         head_dim**-0.5 * LOG2_E,
         rows * (heads + 2 * num_kv_heads) * head_dim,
@@ -185,90 +152,15 @@ def attend(
         BLOCK_TOKENS=block_tokens,
         SPAN=SPAN,
         TILED=paging.tiles_C2 is not None,
-        num_warps=tile.warps if fused_inputs is None else _ROTATION_WARPS,
+        **kind.form(),
+        **qkv_parts.form(),
+        num_warps=tile.warps if fused_inputs is None else ROTATION_WARPS,
         num_stages=tile.stages,
     )
     if fused_inputs is None:
-        merge_splits(partials, paging.position_T, out_TC, split_tokens=SPLIT_TOKENS, warps=1)
-
-
-@triton.jit(do_not_specialize=["part_stride", "table_width"])
-def _rotate_and_store(
-    qkv_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    cos_ptr,
-    sin_ptr,
-    eps,
-    position_ptr,
-    sequence_ptr,
-    tables_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    part_stride,
-    table_width,
-    PARTS: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    """Per row and KV head there are three programs: one rotates the queries that share the key, one
-    rotates the key, and one stores the value."""
-    HEAD_DIM: tl.constexpr = 2 * HALF
-    row = tl.program_id(0).to(tl.int64)
-    kind = tl.program_id(1) // KV_HEADS
-    kv_head = tl.program_id(1) % KV_HEADS
-    r = tl.arange(0, ROWS)
-    d = tl.arange(0, HEAD_DIM)
-    position = tl.load(position_ptr + row)
-    row_ptr = qkv_ptr + row * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    if position >= 0:
-        if kind == 0:
-            is_head = r < HEADS // KV_HEADS
-            head = kv_head * (HEADS // KV_HEADS) + r
-            q = rotated_queries(
-                row_ptr,
-                q_norm_ptr,
-                cos_ptr,
-                sin_ptr,
-                eps,
-                position,
-                part_stride,
-                head,
-                is_head,
-                PARTS,
-                ROWS,
-                HALF,
-            )
-            out = q_ptr + (row * HEADS + head[:, None]) * HEAD_DIM + d[None, :]
-            tl.store(out, q.to(q_ptr.dtype.element_ty), mask=is_head[:, None])
-        else:
-            sequence = tl.load(sequence_ptr + row)
-            cached = cache_row(
-                tables_ptr, sequence, position, kv_head, table_width, KV_HEADS, BLOCK_TOKENS
-            )
-            if kind == 1:
-                column = (HEADS + kv_head) * HEAD_DIM
-                key = rotated_key(
-                    row_ptr,
-                    k_norm_ptr,
-                    cos_ptr,
-                    sin_ptr,
-                    eps,
-                    position,
-                    part_stride,
-                    column,
-                    PARTS,
-                    HALF,
-                )
-                tl.store(k_ptr + cached * HEAD_DIM + d, key.to(k_ptr.dtype.element_ty))
-            else:
-                column = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
-                value = summed_value(row_ptr, part_stride, column, PARTS, HEAD_DIM)
-                tl.store(v_ptr + cached * HEAD_DIM + d, value.to(v_ptr.dtype.element_ty))
+        merge_splits(
+            partials, paging.position_T, out_TC, split_tokens=SPLIT_TOKENS, warps=1, kind=kind
+        )
 
 
 @triton.jit
@@ -295,16 +187,22 @@ def _split_rows(
 
 
 @triton.jit
-def split_result(q, k, v, ones, at, position, scale, MASKED: tl.constexpr):
+def split_result(
+    q, k, v, ones, at, position, scale, MASKED: tl.constexpr, WINDOW: tl.constexpr = 0
+):
     """(maximum score, sum of weights, unnormalised values) of the rows `q` over a split, whose keys
-    are at the positions `at`. Without MASKED, every row sees every key.
+    are at the positions `at`. Without MASKED, every row sees every key. With WINDOW, a row sees no
+    more than so many positions, its own included.
 
     A row's sum is a dot product with ones, because the order of a row-wise sum would depend on the
     shape of the tile.
     """
     scores = tl.dot(q, k.T)
     if MASKED:
-        scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
+        is_seen = at[None, :] <= position[:, None]
+        if WINDOW > 0:
+            is_seen &= at[None, :] > position[:, None] - WINDOW
+        scores = tl.where(is_seen, scores, float("-inf"))
     maximum = tl.max(scores, axis=1) * scale
     base = tl.where(maximum > float("-inf"), maximum, 0.0)
     against = tl.broadcast_to(-base[:, None], scores.shape)
@@ -327,13 +225,17 @@ def _attend_splits(
     qkv_ptr,
     q_norm_ptr,
     k_norm_ptr,
+    bias_ptr,
+    scales_ptr,
     cos_ptr,
     sin_ptr,
     eps,
+    clip,
     span_values_ptr,
     span_maximum_ptr,
     span_sum_ptr,
     arrivals_ptr,
+    sinks_ptr,
     out_ptr,
     scale,
     part_stride,
@@ -350,6 +252,12 @@ def _attend_splits(
     BLOCK_TOKENS: tl.constexpr,
     SPAN: tl.constexpr,
     TILED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    ROTATED: tl.constexpr,
+    NORM: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLIPPED: tl.constexpr,
 ):
     """Computes each split by itself, so it does not matter which program does it.
 
@@ -359,7 +267,6 @@ def _attend_splits(
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    first_split = tl.program_id(2)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, HEAD_DIM)
     n = tl.arange(0, SPLIT)
@@ -371,6 +278,10 @@ def _attend_splits(
     position = tl.load(position_ptr + row, mask=is_row, other=-1)
     sequence = tl.load(sequence_ptr + first)
     last = tl.max(position, axis=0)
+    begin = 0
+    if WINDOW > 0:
+        begin = first_split_of(tl.load(position_ptr + first), SPLIT, WINDOW)
+    first_split = begin + tl.program_id(2)
     if (last >= 0) & (first_split <= last // SPLIT):
         own_tables_ptr = tables_ptr + sequence * table_width
         k, v = _split_rows(
@@ -391,34 +302,20 @@ def _attend_splits(
             q = tl.load(q_rows, mask=is_row[:, None], other=0.0)
         else:
             row_ptr = qkv_ptr + first.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
+            scale_ptr = scales_ptr + first * 2
             q = rotated_queries(
-                row_ptr,
-                q_norm_ptr,
-                cos_ptr,
-                sin_ptr,
-                eps,
-                last,
-                part_stride,
-                head,
-                is_row,
-                PARTS,
-                ROWS,
-                HEAD_DIM // 2,
-            ).to(q_ptr.dtype.element_ty)
+                row_ptr, q_norm_ptr, bias_ptr, scale_ptr, cos_ptr, sin_ptr, eps, clip, last,
+                part_stride, head, is_row, PARTS, ROWS, HEAD_DIM, ROTATED, NORM, BIASED, CLIPPED,
+            ).to(q_ptr.dtype.element_ty)  # fmt: skip
             key = rotated_key(
-                row_ptr,
-                k_norm_ptr,
-                cos_ptr,
-                sin_ptr,
-                eps,
-                last,
-                part_stride,
-                (HEADS + kv_head) * HEAD_DIM,
-                PARTS,
-                HEAD_DIM // 2,
-            ).to(k_ptr.dtype.element_ty)
+                row_ptr, k_norm_ptr, bias_ptr, scale_ptr, cos_ptr, sin_ptr, eps, clip, last,
+                part_stride, kv_head, (HEADS + kv_head) * HEAD_DIM, PARTS, HEAD_DIM, ROTATED, NORM,
+                BIASED, CLIPPED,
+            ).to(k_ptr.dtype.element_ty)  # fmt: skip
             column = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
-            value = summed_value(row_ptr, part_stride, column, PARTS, HEAD_DIM)
+            value = summed_value(
+                row_ptr, bias_ptr, clip, part_stride, column, d, PARTS, HEAD_DIM, BIASED, CLIPPED
+            )
             value = value.to(v_ptr.dtype.element_ty)
             if (last // SPLIT - first_split) % tl.num_programs(2) == 0:
                 new = cache_row(
@@ -433,31 +330,18 @@ def _attend_splits(
                 is_new = (at == last)[:, None]
                 k = tl.where(is_new, key[None, :], k)
                 v = tl.where(is_new, value[None, :], v)
-            peak, sums, values = split_result(q, k, v, ones, at, position, scale, True)
+            peak, sums, values = split_result(q, k, v, ones, at, position, scale, True, WINDOW)
             out = head_row * splits_max + split
             store_partials(
                 values_ptr, maximum_ptr, sum_ptr, out, values, peak, sums, is_row, HEAD_DIM
             )
             if PARTS > 0:
                 merge_after(
-                    split,
-                    last // SPLIT + 1,
-                    first.to(tl.int64) * KV_HEADS + kv_head,
-                    values_ptr,
-                    maximum_ptr,
-                    sum_ptr,
-                    span_values_ptr,
-                    span_maximum_ptr,
-                    span_sum_ptr,
-                    arrivals_ptr,
-                    out_ptr,
-                    splits_max,
-                    spans_max,
-                    HEADS // KV_HEADS,
-                    GROUP,
-                    HEAD_DIM,
-                    SPAN,
-                )
+                    split, begin, last // SPLIT + 1, first.to(tl.int64) * KV_HEADS + kv_head,
+                    values_ptr, maximum_ptr, sum_ptr, span_values_ptr, span_maximum_ptr,
+                    span_sum_ptr, arrivals_ptr, sinks_ptr, out_ptr, splits_max, spans_max,
+                    HEADS // KV_HEADS, GROUP, HEAD_DIM, SPAN, HEADS, SINKS,
+                )  # fmt: skip
             k, v = _split_rows(
                 k_ptr,
                 v_ptr,
@@ -470,7 +354,7 @@ def _attend_splits(
                 SPLIT,
                 BLOCK_TOKENS,
             )
-    elif (last < 0) & (first_split == 0) & (PARTS > 0):
+    elif (last < 0) & (tl.program_id(2) == 0) & (PARTS > 0):
         nothing = tl.zeros([ROWS, HEAD_DIM], dtype=out_ptr.dtype.element_ty)
         out = (row.to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + d[None, :]
         tl.store(out_ptr + out, nothing, mask=is_row[:, None])

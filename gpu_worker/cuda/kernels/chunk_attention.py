@@ -19,12 +19,16 @@ import triton.language as tl
 from gpu_worker.cuda.kernels.attention import LOG2_E, SPLIT_TOKENS, split_result
 from gpu_worker.cuda.kernels.paging import Paging, cache_rows
 from gpu_worker.cuda.kernels.splits import (
+    SEES_ALL,
     SPAN,
     Partials,
+    WindowAndSinks,
     add_partial,
+    first_split_of,
     merge_spans,
     store_normalised,
     store_partials,
+    with_sink,
 )
 
 
@@ -55,6 +59,7 @@ def attend_chunks(
     merged_TQD: torch.Tensor,
     out_TC: torch.Tensor,
     *,
+    kind: WindowAndSinks = SEES_ALL,
     spans: Partials | None = None,
     tile: ChunkTile = CHUNK_TILE,
 ) -> None:
@@ -77,6 +82,7 @@ def attend_chunks(
         paging.tables_SB,
         paging.tiles_C2,
         *room,
+        kind.sinks_or(out_TC),
         out_TC,
         head_dim**-0.5 * LOG2_E,
         paging.tables_SB.shape[1],
@@ -90,12 +96,13 @@ def attend_chunks(
         BLOCK_TOKENS=block_tokens,
         SPAN=SPAN,
         APART=spans is not None,
+        **kind.form(),
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=False,  # `splits` adds what was stored: a product is rounded before a sum
     )
     if spans is not None:
-        merge_spans(spans, paging.position_T, out_TC, split_tokens=SPLIT_TOKENS)
+        merge_spans(spans, paging.position_T, out_TC, split_tokens=SPLIT_TOKENS, kind=kind)
 
 
 @triton.jit(do_not_specialize=["table_width", "spans_max"])
@@ -110,6 +117,7 @@ def _attend_chunks(
     values_ptr,
     maximum_ptr,
     sum_ptr,
+    sinks_ptr,
     out_ptr,
     scale,
     table_width,
@@ -123,6 +131,8 @@ def _attend_chunks(
     BLOCK_TOKENS: tl.constexpr,
     SPAN: tl.constexpr,
     APART: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """The last tiles of a chunk see most, so they start first."""
     kv_head = tl.program_id(0)
@@ -143,10 +153,17 @@ def _attend_chunks(
         q = tl.load(q_ptr + at_head, mask=is_row[:, None], other=0.0)
         ones = tl.full([SPLIT, 16], 1.0, dtype=q.dtype)
         num_splits = last // SPLIT + 1
-        num_full = (tl.load(position_ptr + first) + 1) // SPLIT  # that all rows see whole
+        begin = 0
+        if WINDOW > 0:
+            begin = first_split_of(tl.load(position_ptr + first), SPLIT, WINDOW)
+            num_full = 0  # a window has few splits, most of them seen in part
+        else:
+            num_full = (tl.load(position_ptr + first) + 1) // SPLIT  # that all rows see whole
+        begin_span = begin // SPAN * SPAN
         peak, total, values = _nothing(ROWS, HEAD_DIM)
         merged_peak, merged_total = peak, total
-        for start in range(tl.program_id(2) * SPAN, num_splits, tl.num_programs(2) * SPAN):
+        first_start = begin_span + tl.program_id(2) * SPAN
+        for start in range(first_start, num_splits, tl.num_programs(2) * SPAN):
             peak, total, values = _nothing(ROWS, HEAD_DIM)
             end = tl.minimum(start + SPAN, num_splits)
             for split in range(start, tl.minimum(end, num_full)):
@@ -157,14 +174,16 @@ def _attend_chunks(
                     q, tl.load(k_ptr + kv), tl.load(v_ptr + kv), ones, at, position, scale, False
                 )
                 peak, total, values = add_partial(peak, total, values, maximum, sums, parts)
-            for split in range(tl.maximum(start, num_full), end):
+            for split in range(tl.maximum(start, tl.maximum(begin, num_full)), end):
                 at = split * SPLIT + n
                 is_past = at <= last
                 kv = cache_rows(table_ptr, at, is_past, kv_head, KV_HEADS, BLOCK_TOKENS)
                 kv = kv[:, None] * HEAD_DIM + d[None, :]
                 k = tl.load(k_ptr + kv, mask=is_past[:, None], other=0.0)
                 v = tl.load(v_ptr + kv, mask=is_past[:, None], other=0.0)
-                maximum, sums, parts = split_result(q, k, v, ones, at, position, scale, True)
+                maximum, sums, parts = split_result(
+                    q, k, v, ones, at, position, scale, True, WINDOW
+                )
                 peak, total, values = add_partial(peak, total, values, maximum, sums, parts)
             if APART:
                 at_span = head * spans_max + start // SPAN
@@ -180,7 +199,7 @@ def _attend_chunks(
                     HEAD_DIM,
                 )
             else:
-                if start > 0:
+                if start > begin_span:
                     former = tl.load(values_ptr + at_head, mask=is_row[:, None], other=0.0)
                     merged_peak, merged_total, values = add_partial(
                         merged_peak, merged_total, former, peak, total, values
@@ -191,6 +210,8 @@ def _attend_chunks(
                     tl.store(values_ptr + at_head, values, mask=is_row[:, None])
                     tl.debug_barrier()  # other threads than those that store may load
         if not APART:
+            if SINKS:
+                merged_total = with_sink(merged_total, merged_peak, sinks_ptr, head, is_row, HEADS)
             store_normalised(out_ptr, head, values, merged_total, is_row[:, None], HEAD_DIM)
 
 

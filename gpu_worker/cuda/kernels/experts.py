@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from gpu_worker.cuda.kernels import scaled_experts
+from gpu_worker.cuda.kernels.activation import SILU_GATED, Epilogue, gated, with_bias
 from gpu_worker.cuda.kernels.expert_rows import (
     FusedChoice,
     Rows,
@@ -65,19 +66,22 @@ def gate_up(
     inner_NI: torch.Tensor,
     *,
     chosen: FusedChoice | None = None,
+    epilogue: Epilogue = SILU_GATED,
     tile: ExpertTile | None = None,
 ) -> None:
-    """`inner = silu(gate x) · (up x)`. `w_gate_up_SJH` holds gate, then up.
+    """`inner = silu(gate x) · (up x)`, if `epilogue` says nothing else. `w_gate_up_SJH` holds gate,
+    then up.
 
     If each pair is its own tile, `chosen` lets this kernel choose the slots itself. The choice has
     the same bits as that of `routing.choose_slots`, and saves its launch. Scaled weights have tiles
     of their own.
     """
     if isinstance(w_gate_up_SJH, ScaledBlocks):
+        assert epilogue == SILU_GATED, "scaled experts have no other epilogue"
         scaled_experts.gate_up(x, w_gate_up_SJH, rows, inner_NI, chosen=chosen)
         return
     if rows.tiles is not None and rows.tiles.rows == TALL_ROWS and tile is None:
-        gate_up_tall(x, w_gate_up_SJH, rows.tiles, inner_NI, divisor=_divisor(rows))
+        gate_up_tall(x, w_gate_up_SJH, rows.tiles, inner_NI, epilogue, divisor=_divisor(rows))
         return
     assert chosen is None or rows.tiles is None, "only pairs without tiles choose their slots here"
     _, double_inner, hidden = w_gate_up_SJH.shape
@@ -90,10 +94,13 @@ def gate_up(
         *row_pointers(rows),
         inner_NI,
         *choice_arguments(chosen, rows),
+        x if epilogue.b_gate_up_SJ is None else epilogue.b_gate_up_SJ,
         HIDDEN=hidden,
         INNER=inner,
         DIVISOR=rows.slots_TK.shape[-1],
         **choice_sizes(chosen),
+        BIASED=epilogue.b_gate_up_SJ is not None,
+        CLAMPED=epilogue.clamped,
         **_launch_options(rows, columns, depth, tile),
     )
 
@@ -104,14 +111,16 @@ def down(
     rows: Rows,
     y_NH: torch.Tensor,
     *,
+    epilogue: Epilogue = SILU_GATED,
     tile: ExpertTile | None = None,
 ) -> None:
-    """`y = w_down inner`, per row in the weights of its slot."""
+    """`y = w_down inner`, per row in the weights of its slot, plus the bias of `epilogue`."""
     if isinstance(w_down_SHI, ScaledBlocks):
+        assert epilogue == SILU_GATED, "scaled experts have no other epilogue"
         scaled_experts.down(inner_NI, w_down_SHI, rows, y_NH)
         return
     if rows.tiles is not None and rows.tiles.rows == TALL_ROWS and tile is None:
-        down_tall(inner_NI, w_down_SHI, rows.tiles, y_NH, padded=rows.padded)
+        down_tall(inner_NI, w_down_SHI, rows.tiles, y_NH, epilogue, padded=rows.padded)
         return
     _, hidden, inner = w_down_SHI.shape
     tile = tile or _tile_for(rows, _DOWN_UNGROUPED, _DOWN_GROUPED, _DOWN_MANY)
@@ -121,8 +130,10 @@ def down(
         w_down_SHI,
         *row_pointers(rows),
         y_NH,
+        inner_NI if epilogue.b_down_SH is None else epilogue.b_down_SH,
         HIDDEN=hidden,
         INNER=inner,
+        BIASED=epilogue.b_down_SH is not None,
         **_launch_options(rows, columns, depth, tile),
     )
 
@@ -176,6 +187,7 @@ def _gate_up(
     position_ptr,
     weights_ptr,
     factor,
+    bias_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     DIVISOR: tl.constexpr,
@@ -183,6 +195,8 @@ def _gate_up(
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
     NORMALISE: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -222,7 +236,7 @@ def _gate_up(
                 x = tl.load(x_ptrs + start, mask=is_row[:, None], other=0.0)
                 gate = tl.dot(x, tl.load(gate_ptrs + start).T, gate)
                 up = tl.dot(x, tl.load(gate_ptrs + INNER * HIDDEN + start).T, up)
-            inner = gate / (1.0 + tl.exp(-gate)) * up
+            inner = gated(gate, up, bias_ptr + slot * (2 * INNER), n, INNER, BIASED, CLAMPED)
             out = inner_ptr + rows[:, None] * INNER + n[None, :]
             tl.store(out, inner.to(inner_ptr.dtype.element_ty), mask=is_row[:, None])
 
@@ -236,8 +250,10 @@ def _down(
     tiles_ptr,
     num_tiles_ptr,
     y_ptr,
+    bias_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -257,5 +273,6 @@ def _down(
             for start in range(0, INNER, BLOCK_K):
                 inner = tl.load(inner_ptrs + start, mask=is_row[:, None], other=0.0)
                 y = tl.dot(inner, tl.load(w_ptrs + start).T, y)
+            y = with_bias(y, bias_ptr + slot * HIDDEN, n, BIASED)
             out = y_ptr + rows[:, None] * HIDDEN + n[None, :]
             tl.store(out, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None])

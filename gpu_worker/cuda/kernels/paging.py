@@ -46,7 +46,8 @@ def cache_rows(table_ptr, at, mask, kv_head, KV_HEADS: tl.constexpr, BLOCK_TOKEN
     """The rows (int32) of the positions `at` of one sequence, whose block table starts at
     `table_ptr`. Rows outside `mask` are those of block 0.
 
-    32 bits are enough for the offsets of four million tokens of one layer's cache.
+    32 bits are enough for offsets in one layer's cache of less than 2³¹ values: two million tokens
+    of eight heads of 128.
     """
     block = tl.load(table_ptr + at // BLOCK_TOKENS, mask=mask, other=0)
     return (block * KV_HEADS + kv_head) * BLOCK_TOKENS + at % BLOCK_TOKENS

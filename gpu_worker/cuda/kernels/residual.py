@@ -3,6 +3,8 @@ it, and computes the router's scores. The stream is float32 and alternates betwe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,14 @@ _ROUTER_MANY_ROWS = 256
 _FUSED_ROWS_MAX = 8
 _ADD_COLUMNS = 1024
 _ROUTER_ROWS_MAX = 32  # of one program, one after the other
+
+
+class Router(NamedTuple):
+    """A router's weights, the buffer for its scores, and its bias (float32), if it has one."""
+
+    w_EH: torch.Tensor
+    scores_TE: torch.Tensor
+    b_E: torch.Tensor | None = None
 
 
 def embed_norm(
@@ -52,14 +62,16 @@ def add_norm(
     h_TH: torch.Tensor,
     *,
     eps: float,
-    router: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bias_H: torch.Tensor | None = None,
+    router: Router | None = None,
 ) -> None:
-    """`x_out = x + Σ parts_PTH`, `h = norm(x_out)`. With `router = (w_EH, scores_TE)`, also writes
-    the router's scores of `h`."""
+    """`x_out = x + (Σ parts_PTH + bias)`, `h = norm(x_out)`. With `router`, also writes its scores
+    of `h`. The bias is float32."""
     rows, hidden = h_TH.shape
     num_parts = parts.shape[0]
     fused = router is not None and rows <= _FUSED_ROWS_MAX
-    w_router, scores = router if router is not None and fused else (norm_H, h_TH)
+    own = router if router is not None and fused else Router(norm_H, h_TH)
+    w_router, scores = own.w_EH, own.scores_TE
     experts, block = w_router.shape[0] if fused else 0, _router_experts(hidden)
     _add_norm[(rows, max(triton.cdiv(experts, block), 1))](
         x_TH,
@@ -67,7 +79,9 @@ def add_norm(
         norm_H,
         x_out_TH,
         h_TH,
+        norm_H if bias_H is None else bias_H,
         w_router,
+        norm_H if own.b_E is None else own.b_E,
         scores,
         eps,
         rows * hidden,
@@ -76,10 +90,12 @@ def add_norm(
         PARTS=num_parts,
         EXPERTS=experts,
         BLOCK_E=block,
+        BIASED=bias_H is not None,
+        ROUTER_BIASED=own.b_E is not None,
         num_warps=_router_warps(hidden),
     )
     if router is not None and not fused:
-        _score(h_TH, *router)
+        _score(h_TH, router)
 
 
 def add_pairs_norm(
@@ -138,15 +154,16 @@ def _router_warps(hidden: int) -> int:
     return 4 if hidden <= 2048 else 8
 
 
-def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor) -> None:
+def _score(h_TH: torch.Tensor, router: Router) -> None:
     rows, hidden = h_TH.shape
-    experts, block = w_EH.shape[0], _router_experts(hidden)
+    experts, block = router.w_EH.shape[0], _router_experts(hidden)
     rows_each = min(max(2, int(triton.next_power_of_2(triton.cdiv(rows, 16)))), _ROUTER_ROWS_MAX)
     grid = (triton.cdiv(experts, block), triton.cdiv(rows, rows_each))
     _score_rows[grid](
         h_TH,
-        w_EH,
-        scores_TE,
+        router.w_EH,
+        router.w_EH if router.b_E is None else router.b_E,
+        router.scores_TE,
         rows,
         HIDDEN=hidden,
         BLOCK_H=triton.next_power_of_2(hidden),
@@ -154,6 +171,7 @@ def _score(h_TH: torch.Tensor, w_EH: torch.Tensor, scores_TE: torch.Tensor) -> N
         BLOCK_E=block,
         BLOCK_T=rows_each,
         BY_FOUR=rows >= _ROUTER_MANY_ROWS,
+        BIASED=router.b_E is not None,
         num_warps=_router_warps(hidden),
     )
 
@@ -176,6 +194,13 @@ def _router_tile(
     i = tl.arange(0, BLOCK_H)
     mask = (e[:, None] < EXPERTS) & (i[None, :] < HIDDEN)
     return tl.load(w_ptr + e[:, None] * HIDDEN + i[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _with_bias(scores, bias_ptr, e, EXPERTS: tl.constexpr, BIASED: tl.constexpr):
+    if BIASED:
+        scores += tl.load(bias_ptr + e, mask=e < EXPERTS, other=0.0)
+    return scores
 
 
 @triton.jit
@@ -222,7 +247,9 @@ def _add_norm(
     norm_ptr,
     x_out_ptr,
     h_ptr,
+    bias_ptr,
     router_ptr,
+    router_bias_ptr,
     scores_ptr,
     eps,
     part_stride,
@@ -231,6 +258,8 @@ def _add_norm(
     PARTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BIASED: tl.constexpr,
+    ROUTER_BIASED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK_E
@@ -240,14 +269,16 @@ def _add_norm(
     if EXPERTS > 0:
         w = _router_tile(router_ptr, first, HIDDEN, EXPERTS, BLOCK_E, BLOCK_H)
     x = tl.load(x_ptr + row * HIDDEN + i, mask=mask, other=0.0)
-    x = add_parts_onto(x, parts_ptr + row * HIDDEN, i, part_stride, mask, PARTS)
+    x = add_parts_onto(x, parts_ptr + row * HIDDEN, i, part_stride, mask, PARTS, bias_ptr, BIASED)
     h = _norm(x, norm_w, eps, HIDDEN).to(h_ptr.dtype.element_ty)
     if first == 0:
         tl.store(x_out_ptr + row * HIDDEN + i, x, mask=mask)
         tl.store(h_ptr + row * HIDDEN + i, h, mask=mask)
     if EXPERTS > 0:
         e = first + tl.arange(0, BLOCK_E)
-        tl.store(scores_ptr + row * EXPERTS + e, tl.sum(_products(w, h), axis=1), mask=e < EXPERTS)
+        scores = tl.sum(_products(w, h), axis=1)
+        scores = _with_bias(scores, router_bias_ptr, e, EXPERTS, ROUTER_BIASED)
+        tl.store(scores_ptr + row * EXPERTS + e, scores, mask=e < EXPERTS)
 
 
 @triton.jit
@@ -302,6 +333,7 @@ def _add_parts(
 def _score_rows(
     h_ptr,
     router_ptr,
+    bias_ptr,
     scores_ptr,
     num_rows,
     HIDDEN: tl.constexpr,
@@ -310,6 +342,7 @@ def _score_rows(
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BY_FOUR: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_E
     i = tl.arange(0, BLOCK_H)
@@ -328,9 +361,11 @@ def _score_rows(
             scores = tl.reduce(products, 1, _add_four)
             for r in tl.static_range(4):
                 out = scores_ptr + (row + r) * EXPERTS + e
-                tl.store(out, scores[r], mask=(e < EXPERTS) & (row + r < end))
+                score = _with_bias(scores[r], bias_ptr, e, EXPERTS, BIASED)
+                tl.store(out, score, mask=(e < EXPERTS) & (row + r < end))
     else:
         for row in range(start, end):
             h = tl.load(h_ptr + row * HIDDEN + i, mask=i < HIDDEN, other=0.0)
             scores = tl.sum(_products(w, h), axis=1)
+            scores = _with_bias(scores, bias_ptr, e, EXPERTS, BIASED)
             tl.store(scores_ptr + row * EXPERTS + e, scores, mask=e < EXPERTS)

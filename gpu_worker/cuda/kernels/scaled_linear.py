@@ -10,8 +10,8 @@ import triton.language as tl
 from gpu_worker.cuda.kernels.scaled_operands import ScaledTile, load_rows, widen, widens_in_pairs
 from gpu_worker.cuda.weights.scaled_blocks import BLOCK, ScaledBlocks
 
-_PARTS_TILE = ScaledTile(columns=64, warps=4, stages=4)
-_WHOLE_TILE = ScaledTile(columns=128, warps=8, stages=3)
+_PARTS_TILE = ScaledTile(columns=64, warps=4, stages=3)
+_WHOLE_TILE = ScaledTile(columns=64, warps=4, stages=3)
 _WHOLE_ROWS = 128
 
 
@@ -73,6 +73,7 @@ def _launch(
         BLOCK_C=tile.columns,
         BLOCK_K=BLOCK,
         IN_PAIRS=widens_in_pairs(x_TK),
+        UNROLL=tile.unroll,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -93,6 +94,7 @@ def _multiply(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     IN_PAIRS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """One part, or all of them one after the other and added."""
     K_BLOCKS: tl.constexpr = (INNER + BLOCK_K - 1) // BLOCK_K
@@ -108,7 +110,7 @@ def _multiply(
     total = tl.zeros([BLOCK_C, BLOCK_T], dtype=tl.float32)
     sums = tl.zeros([BLOCK_C, BLOCK_T], dtype=tl.float32)
     scale = tl.load(scale_ptr)
-    for step in range(STEPS * PARTS_IN_ONE):
+    for step in tl.range(STEPS * PARTS_IN_ONE, loop_unroll_factor=UNROLL):
         start = step * BLOCK_K
         left = INNER - part * PART - start
         x = load_rows(x_ptrs + start, t < num_rows, left, False, INNER % BLOCK_K == 0)

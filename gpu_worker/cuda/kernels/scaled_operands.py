@@ -25,11 +25,13 @@ instruction that takes four times as long."""
 
 class ScaledTile(NamedTuple):
     """Launch parameters. `columns` are the rows of the weights that a program multiplies at once,
-    64 for each four warps: those of gate and up count both. None of them changes a bit."""
+    64 for each four warps: those of gate and up count both. A turn of its loop takes `unroll`
+    blocks. None of them changes a bit."""
 
     columns: int
     warps: int
     stages: int
+    unroll: int = 1
 
 
 def widens_in_pairs(x: torch.Tensor) -> bool:

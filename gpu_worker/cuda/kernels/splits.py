@@ -29,6 +29,32 @@ class Partials(NamedTuple):
     sum_TQX: torch.Tensor
 
 
+class WindowAndSinks(NamedTuple):
+    """What attention differs in between families and layers. `window` is the number of positions
+    that a row sees, its own included; 0: all. `sinks_Q` (float32) has a score for each query head,
+    times log2(e), that takes part in the softmax and has no value."""
+
+    window: int = 0
+    sinks_Q: torch.Tensor | None = None
+
+    def form(self) -> dict[str, int | bool]:
+        """What kernels are compiled for."""
+        return {"WINDOW": self.window, "SINKS": self.sinks_Q is not None}
+
+    def sinks_or(self, unused: torch.Tensor) -> torch.Tensor:
+        """What kernels take: without sinks, a tensor that they do not read."""
+        return unused if self.sinks_Q is None else self.sinks_Q
+
+    def splits_seen_max(self, splits_max: int, split_tokens: int) -> int:
+        """Of one row."""
+        if not self.window:
+            return splits_max
+        return min(splits_max, (self.window - 1) // split_tokens + 2)
+
+
+SEES_ALL = WindowAndSinks()
+
+
 def new_partials(
     rows: int, heads: int, parts_max: int, head_dim: int, device: torch.device
 ) -> Partials:
@@ -49,6 +75,7 @@ def merge_splits(
     split_tokens: int,
     warps: int,
     doublings: int = 0,
+    kind: WindowAndSinks = SEES_ALL,
 ) -> None:
     """Merges the splits of each row of `position_T` into `out_TC`, heads side by side. The size of
     the splits changes the bits: see `split_size`."""
@@ -56,6 +83,7 @@ def merge_splits(
     _merge_splits[(position_T.shape[0], heads)](
         *partials,
         position_T,
+        kind.sinks_or(out_TC),
         out_TC,
         splits_max,
         HEADS=heads,
@@ -64,6 +92,7 @@ def merge_splits(
         SPLITS_MAX=SPLITS_MAX,
         DOUBLINGS=doublings,
         SPAN=SPAN,
+        **kind.form(),
         num_warps=warps,
     )
 
@@ -81,7 +110,12 @@ def spans_view(partials: Partials, spans_max: int) -> Partials:
 
 
 def merge_spans(
-    spans: Partials, position_T: torch.Tensor, out_TC: torch.Tensor, *, split_tokens: int
+    spans: Partials,
+    position_T: torch.Tensor,
+    out_TC: torch.Tensor,
+    *,
+    split_tokens: int,
+    kind: WindowAndSinks = SEES_ALL,
 ) -> None:
     """Merges the spans of each row of `position_T` into `out_TC`, heads side by side, as
     `merge_splits` does. Rows without a token get zeros."""
@@ -89,12 +123,14 @@ def merge_spans(
     _merge_spans[(position_T.shape[0], heads)](
         *spans,
         position_T,
+        kind.sinks_or(out_TC),
         out_TC,
         spans_max,
         HEADS=heads,
         HEAD_DIM=head_dim,
         SPAN_TOKENS=SPAN * split_tokens,
         SPAN=SPAN,
+        **kind.form(),
         num_warps=1,
     )
 
@@ -107,6 +143,21 @@ def split_size(position, SPLIT: tl.constexpr, SPLITS_MAX: tl.constexpr, DOUBLING
     for _ in tl.static_range(DOUBLINGS):
         size = tl.where(position // size >= SPLITS_MAX, size * 2, size)
     return size
+
+
+@triton.jit
+def first_split_of(position, SPLIT: tl.constexpr, WINDOW: tl.constexpr):
+    """The first split of which a row at this position sees a part. Splits before it count as if
+    they were not there; one that a tile computes for the sake of other rows, and this row does not
+    see, changes no bit: see `add_partial`."""
+    return tl.maximum(position - (WINDOW - 1), 0) // SPLIT
+
+
+@triton.jit
+def with_sink(total, peak, sinks_ptr, head, mask, HEADS: tl.constexpr):
+    """The sum of a row's weights with that of its sink. `head` counts over rows."""
+    sink = tl.load(sinks_ptr + head % HEADS, mask=mask, other=0.0)
+    return total + tl.exp2(sink - peak)
 
 
 @triton.jit
@@ -182,6 +233,7 @@ def _merged(
 @triton.jit
 def merge_after(
     split,
+    begin,
     num_splits,
     kv_row,
     values_ptr,
@@ -191,6 +243,7 @@ def merge_after(
     span_maximum_ptr,
     span_sum_ptr,
     arrivals_ptr,
+    sinks_ptr,
     out_ptr,
     splits_max,
     spans_max,
@@ -198,25 +251,30 @@ def merge_after(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPAN: tl.constexpr,
+    HEADS: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
-    """Merges for the OWN query heads of one row and KV head, number `kv_row` of all. The last split
-    of a span merges the span of `split`, and the last span merges all spans."""
+    """Merges for the OWN query heads of one row and KV head, number `kv_row` of all. Splits begin
+    at number `begin`. The last split of a span merges the span of `split`, and the last span merges
+    all spans."""
     g = tl.arange(0, GROUP)
     is_head = g < OWN
     head = kv_row * OWN + g
     span = split // SPAN
-    num_spans = (num_splits + SPAN - 1) // SPAN
+    begin_span = begin // SPAN
+    num_spans = (num_splits + SPAN - 1) // SPAN - begin_span
+    start = tl.maximum(span * SPAN, begin)
+    count = tl.minimum(num_splits, span * SPAN + SPAN) - start
     arrivals_ptr += kv_row * (spans_max + 1)
-    if arrive_and_test_last(arrivals_ptr + 1 + span, tl.minimum(num_splits - span * SPAN, SPAN)):
-        first = head * splits_max + span * SPAN
-        count = tl.minimum(num_splits - span * SPAN, SPAN)
+    if arrive_and_test_last(arrivals_ptr + 1 + span, count):
+        first = head * splits_max + start
         peak, total, values = _merged(
             values_ptr, maximum_ptr, sum_ptr, first, count, is_head, GROUP, HEAD_DIM, SPAN
         )
         is_whole = num_spans == 1
         if num_spans > 1:
-            first_span = head * spans_max
-            out = first_span + span
+            first_span = head * spans_max + begin_span
+            out = head * spans_max + span
             store_partials(
                 span_values_ptr,
                 span_maximum_ptr,
@@ -242,6 +300,8 @@ def merge_after(
                     SPAN,
                 )
         if is_whole:
+            if SINKS:
+                total = with_sink(total, peak, sinks_ptr, head, is_head, HEADS)
             store_normalised(out_ptr, head, values, total, is_head[:, None], HEAD_DIM)
 
 
@@ -251,6 +311,7 @@ def _merge_splits(
     maximum_ptr,
     sum_ptr,
     position_ptr,
+    sinks_ptr,
     out_ptr,
     splits_max,
     HEADS: tl.constexpr,
@@ -259,7 +320,10 @@ def _merge_splits(
     SPLITS_MAX: tl.constexpr,
     DOUBLINGS: tl.constexpr,
     SPAN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
+    """A window takes splits of one size: DOUBLINGS is 0."""
     row = tl.program_id(0).to(tl.int64)
     head = row * HEADS + tl.program_id(1) + tl.arange(0, 1)
     position = tl.load(position_ptr + row)
@@ -268,19 +332,27 @@ def _merge_splits(
     peak = tl.full([1], float("-inf"), dtype=tl.float32)
     total = tl.zeros([1], dtype=tl.float32)
     values = tl.zeros([1, HEAD_DIM], dtype=tl.float32)
-    for first in range(0, num_splits, SPAN):
+    begin = 0
+    if WINDOW > 0:
+        begin = first_split_of(position, SPLIT, WINDOW)
+    for span in range(begin // SPAN * SPAN, num_splits, SPAN):
+        first = span
+        if WINDOW > 0:
+            first = tl.maximum(span, begin)
         maximum, sums, parts = _merged(
             values_ptr,
             maximum_ptr,
             sum_ptr,
             head * splits_max + first,
-            tl.minimum(num_splits - first, SPAN),
+            tl.minimum(num_splits, span + SPAN) - first,
             head >= 0,
             1,
             HEAD_DIM,
             SPAN,
         )
         peak, total, values = add_partial(peak, total, values, maximum, sums, parts)
+    if SINKS:
+        total = with_sink(total, peak, sinks_ptr, head, head >= 0, HEADS)
     store_normalised(out_ptr, head, values, total, True, HEAD_DIM)
 
 
@@ -290,25 +362,34 @@ def _merge_spans(
     maximum_ptr,
     sum_ptr,
     position_ptr,
+    sinks_ptr,
     out_ptr,
     spans_max,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPAN_TOKENS: tl.constexpr,
     SPAN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = row * HEADS + tl.program_id(1) + tl.arange(0, 1)
-    num_spans = (tl.load(position_ptr + row) + SPAN_TOKENS) // SPAN_TOKENS
-    _, total, values = _merged(
+    position = tl.load(position_ptr + row)
+    num_spans = (position + SPAN_TOKENS) // SPAN_TOKENS
+    begin = 0
+    if WINDOW > 0:
+        begin = first_split_of(position, SPAN_TOKENS, WINDOW)
+    peak, total, values = _merged(
         values_ptr,
         maximum_ptr,
         sum_ptr,
-        head * spans_max,
-        num_spans,
+        head * spans_max + begin,
+        num_spans - begin,
         head >= 0,
         1,
         HEAD_DIM,
         SPAN,
     )
+    if SINKS:
+        total = with_sink(total, peak, sinks_ptr, head, head >= 0, HEADS)
     store_normalised(out_ptr, head, values, total, True, HEAD_DIM)

@@ -8,13 +8,25 @@ import triton.language as tl
 
 
 @triton.jit
-def add_parts_onto(total, row_ptr, i, part_stride, mask, PARTS: tl.constexpr):
-    """`total` (float32) plus the sum of the elements `i` of every part's row, if `mask` is set.
-    `row_ptr` is the row of part 0. The parts are added first, as `linear_whole` adds them."""
+def add_parts_onto(
+    total,
+    row_ptr,
+    i,
+    part_stride,
+    mask,
+    PARTS: tl.constexpr,
+    bias_ptr=None,
+    BIASED: tl.constexpr = False,
+):
+    """`total` (float32) plus the sum of the elements `i` of every part's row and of the bias, if
+    `mask` is set. `row_ptr` is the row of part 0. The parts are added first, as `linear_whole` adds
+    them."""
     added = tl.zeros(total.shape, dtype=tl.float32)
     for part in tl.static_range(PARTS):
         ptr = row_ptr + part * part_stride.to(tl.int64) + i
         added += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    if BIASED:
+        added += tl.load(bias_ptr + i, mask=mask, other=0.0)
     return total + added
 
 

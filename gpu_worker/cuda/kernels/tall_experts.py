@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gpu_worker.cuda.kernels.activation import Epilogue, gated, with_bias
 from gpu_worker.cuda.kernels.routing import SlotTiles
 
 TALL_ROWS = 128
@@ -26,6 +27,7 @@ def gate_up_tall(
     w_gate_up_SJH: torch.Tensor,
     tiles: SlotTiles,
     inner_NI: torch.Tensor,
+    epilogue: Epilogue,
     *,
     divisor: int,
 ) -> None:
@@ -41,9 +43,12 @@ def gate_up_tall(
         tiles.tiles_C3,
         tiles.num_tiles_1,
         inner_NI,
+        x if epilogue.b_gate_up_SJ is None else epilogue.b_gate_up_SJ,
         HIDDEN=hidden,
         INNER=inner,
         DIVISOR=divisor,
+        BIASED=epilogue.b_gate_up_SJ is not None,
+        CLAMPED=epilogue.clamped,
         BLOCK_T=tiles.rows,
         BLOCK_N=columns,
         BLOCK_K=depth,
@@ -57,6 +62,7 @@ def down_tall(
     w_down_SHI: torch.Tensor,
     tiles: SlotTiles,
     y_NH: torch.Tensor,
+    epilogue: Epilogue,
     *,
     padded: bool,
 ) -> None:
@@ -70,9 +76,11 @@ def down_tall(
         tiles.tiles_C3,
         tiles.num_tiles_1,
         y_NH,
+        inner_NI if epilogue.b_down_SH is None else epilogue.b_down_SH,
         HIDDEN=hidden,
         INNER=inner,
         PADDED=padded,
+        BIASED=epilogue.b_down_SH is not None,
         BLOCK_T=tiles.rows,
         BLOCK_N=columns,
         BLOCK_K=depth,
@@ -101,9 +109,12 @@ def _gate_up_tall(
     tiles_ptr,
     num_tiles_ptr,
     inner_ptr,
+    bias_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     DIVISOR: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -116,13 +127,13 @@ def _gate_up_tall(
         gate_row = slot * (2 * INNER) + tl.program_id(0) * BLOCK_N
         if count > BLOCK_T // 2:
             _gate_up_rows(
-                x_ptr, w_desc, order_ptr, inner_ptr, gate_row, first, count, HIDDEN, INNER, DIVISOR,
-                BLOCK_T, BLOCK_N, BLOCK_K,
+                x_ptr, w_desc, order_ptr, inner_ptr, bias_ptr, slot, gate_row, first, count, HIDDEN,
+                INNER, DIVISOR, BIASED, CLAMPED, BLOCK_T, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _gate_up_rows(
-                x_ptr, w_desc, order_ptr, inner_ptr, gate_row, first, count, HIDDEN, INNER, DIVISOR,
-                BLOCK_T // 2, BLOCK_N, BLOCK_K,
+                x_ptr, w_desc, order_ptr, inner_ptr, bias_ptr, slot, gate_row, first, count, HIDDEN,
+                INNER, DIVISOR, BIASED, CLAMPED, BLOCK_T // 2, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
@@ -132,12 +143,16 @@ def _gate_up_rows(
     w_desc,
     order_ptr,
     inner_ptr,
+    bias_ptr,
+    slot,
     gate_row,
     first,
     count,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     DIVISOR: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -151,8 +166,8 @@ def _gate_up_rows(
         x = tl.load(x_ptrs + start, mask=is_row[:, None], other=0.0)
         gate = tl.dot(x, w_desc.load([gate_row, start]).T, gate)
         up = tl.dot(x, w_desc.load([gate_row + INNER, start]).T, up)
-    inner = gate / (1.0 + tl.exp(-gate)) * up
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = gated(gate, up, bias_ptr + slot * (2 * INNER), n, INNER, BIASED, CLAMPED)
     out = inner_ptr + rows[:, None] * INNER + n[None, :]
     tl.store(out, inner.to(inner_ptr.dtype.element_ty), mask=is_row[:, None])
 
@@ -165,9 +180,11 @@ def _down_tall(
     tiles_ptr,
     num_tiles_ptr,
     y_ptr,
+    bias_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     PADDED: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -180,13 +197,13 @@ def _down_tall(
         w_row = slot * HIDDEN + tl.program_id(0) * BLOCK_N
         if count > BLOCK_T // 2:
             _down_rows(
-                inner_ptr, w_desc, order_ptr, y_ptr, w_row, first, count, HIDDEN, INNER, PADDED,
-                BLOCK_T, BLOCK_N, BLOCK_K,
+                inner_ptr, w_desc, order_ptr, y_ptr, bias_ptr, slot, w_row, first, count, HIDDEN,
+                INNER, PADDED, BIASED, BLOCK_T, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _down_rows(
-                inner_ptr, w_desc, order_ptr, y_ptr, w_row, first, count, HIDDEN, INNER, PADDED,
-                BLOCK_T // 2, BLOCK_N, BLOCK_K,
+                inner_ptr, w_desc, order_ptr, y_ptr, bias_ptr, slot, w_row, first, count, HIDDEN,
+                INNER, PADDED, BIASED, BLOCK_T // 2, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
@@ -196,12 +213,15 @@ def _down_rows(
     w_desc,
     order_ptr,
     y_ptr,
+    bias_ptr,
+    slot,
     w_row,
     first,
     count,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     PADDED: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -213,5 +233,6 @@ def _down_rows(
         inner = tl.load(inner_ptrs + start, mask=is_row[:, None], other=0.0)
         y = tl.dot(inner, w_desc.load([w_row, start]).T, y)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = with_bias(y, bias_ptr + slot * HIDDEN, n, BIASED)
     out = y_ptr + rows[:, None] * HIDDEN + n[None, :]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None])

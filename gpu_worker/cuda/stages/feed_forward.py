@@ -36,12 +36,11 @@ class FeedForward:
         self._shared = _mlp(allocator, sizes.hidden_size, sizes.shared_size)
         self._dense = _mlp(allocator, sizes.hidden_size, sizes.dense_size)
 
-    def router(self, mlp: MoeWeights | MlpWeights, tokens: int) -> tuple[Tensor, Tensor] | None:
-        """(router weights, buffer for its scores) for the norm before this part. None for a dense
-        MLP."""
+    def router(self, mlp: MoeWeights | MlpWeights, tokens: int) -> residual.Router | None:
+        """For the norm before this part. None for a dense MLP."""
         if isinstance(mlp, MlpWeights):
             return None
-        return mlp.w_router_EH, self._buffers.scores_TE[:tokens]
+        return residual.Router(mlp.w_router_EH, self._buffers.scores_TE[:tokens], mlp.b_router_E)
 
     def run(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.kernels import experts, pair_order, residual, routing, scaled_rows
+from gpu_worker.cuda.kernels.activation import Epilogue
 from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS
 from gpu_worker.cuda.stages.side_stream import SideStream
 
@@ -97,8 +98,12 @@ class PaddedExchange(Protocol):
 class LocalMoe:
     """A single rank that holds every expert. It copies no rows; pairs are ordered by slot."""
 
-    def __init__(self, slots: CudaSlots, *, top_k: int, step_tokens_max: int) -> None:
+    def __init__(
+        self, slots: CudaSlots, *, top_k: int, step_tokens_max: int, clamped: bool = False
+    ) -> None:
+        """`clamped`: see `DecoderSizes.clamped_experts`."""
         self._slots = slots
+        self._clamped = clamped
         self._top_k = top_k
         pairs_max = step_tokens_max * top_k
         self._inner_NI, self._y_NH = _row_buffers(slots, pairs_max)
@@ -125,8 +130,9 @@ class LocalMoe:
         chosen = None
         if routed.choice is not None:
             chosen = experts.FusedChoice(routed.choice, routed.weights_TK)
-        experts.gate_up(routed.h_TH, w_gate_up, rows, inner_NI, chosen=chosen)
-        experts.down(inner_NI, w_down, rows, y_NH)
+        epilogue = _epilogue(self._slots, layer, clamped=self._clamped)
+        experts.gate_up(routed.h_TH, w_gate_up, rows, inner_NI, chosen=chosen, epilogue=epilogue)
+        experts.down(inner_NI, w_down, rows, y_NH, epilogue=epilogue)
         residual.add_pairs_norm(
             residual_norm.x_TH,
             y_NH,
@@ -161,8 +167,17 @@ class ExchangedMoe:
     is enqueued after dispatch, because the dispatch kernel needs many SMs at once and must get them
     first."""
 
-    def __init__(self, slots: CudaSlots, exchange: PaddedExchange, *, rows_of_slot: int) -> None:
+    def __init__(
+        self,
+        slots: CudaSlots,
+        exchange: PaddedExchange,
+        *,
+        rows_of_slot: int,
+        clamped: bool = False,
+    ) -> None:
+        """`clamped`: see `DecoderSizes.clamped_experts`."""
         self._slots = slots
+        self._clamped = clamped
         self._exchange = exchange
         self._rows_of_slot = rows_of_slot
         num_slots = slots.slots_per_rank
@@ -193,8 +208,9 @@ class ExchangedMoe:
         rows = experts.Rows(counts_S, self._tiles, padded=True)
         x_NH = self._in_own_type(x_SMH, counts_S)
         w_gate_up, w_down = self._slots.gate_up(layer), self._slots.down(layer)
-        experts.gate_up(x_NH, w_gate_up, rows, self._inner_NI)
-        experts.down(self._inner_NI, w_down, rows, self._y_NH)
+        epilogue = _epilogue(self._slots, layer, clamped=self._clamped)
+        experts.gate_up(x_NH, w_gate_up, rows, self._inner_NI, epilogue=epilogue)
+        experts.down(self._inner_NI, w_down, rows, self._y_NH, epilogue=epilogue)
         y_SMH = self._y_NH.view(x_SMH.shape)
         y_TH = self._exchange.combine(layer, y_SMH, routed.slots_TK, routed.weights_TK)
         if overlapped_work is not None:
@@ -209,6 +225,15 @@ class ExchangedMoe:
             return x_SMH.view(-1, x_SMH.shape[-1])
         scaled_rows.dequantise(x_SMH, scales_SMG, counts_S, self._y_NH)
         return self._y_NH
+
+
+def _epilogue(slots: CudaSlots, layer: int, *, clamped: bool) -> Epilogue:
+    b_gate_up, b_down = slots.b_gate_up_LSJ, slots.b_down_LSH
+    return Epilogue(
+        clamped=clamped,
+        b_gate_up_SJ=None if b_gate_up is None else b_gate_up[layer],
+        b_down_SH=None if b_down is None else b_down[layer],
+    )
 
 
 def _row_buffers(slots: CudaSlots, rows: int) -> tuple[Tensor, Tensor]:

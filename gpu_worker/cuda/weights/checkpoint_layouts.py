@@ -7,12 +7,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from gpu_worker.checkpoint.checkpoint import Shape
+import torch
+
+from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
+from gpu_worker.cuda.experts.expert_reader import ExpertSource
 from gpu_worker.cuda.weights.common_weights import check_tiles
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights
-from gpu_worker.cuda.weights.deepseek_weights import DeepseekCheckpoint
-from gpu_worker.cuda.weights.qwen3_moe_weights import Qwen3MoeCheckpoint
+from gpu_worker.cuda.weights.deepseek_weights import deepseek_layout
+from gpu_worker.cuda.weights.glm4_moe_weights import glm4_moe_layout
+from gpu_worker.cuda.weights.gpt_oss_weights import gpt_oss_layout
+from gpu_worker.cuda.weights.mixtral_weights import mixtral_layout
+from gpu_worker.cuda.weights.olmoe_weights import olmoe_layout
+from gpu_worker.cuda.weights.qwen3_moe_weights import qwen3_moe_layout
+from gpu_worker.cuda.weights.qwen3_weights import qwen3_layout
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
@@ -28,9 +36,14 @@ class CheckpointLayout(Protocol):
         """Every tensor of a complete checkpoint that a CUDA rank reads."""
         ...
 
-    def expert_prefix(self, layer: int, expert: int) -> str:
-        """What the names of an expert's tensors begin with. `layer` counts only the MoE layers."""
+    @property
+    def expert_prefixes(self) -> frozenset[str]:
+        """See `decoder_layout.MlpPart`, as of `open_experts`."""
         ...
+
+    def open_experts(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> ExpertSource: ...
 
     def read(self, reader: WeightReader) -> DecoderWeights:
         """Raises CheckpointError."""
@@ -38,10 +51,15 @@ class CheckpointLayout(Protocol):
 
 
 CHECKPOINT_LAYOUTS: dict[str, Callable[[ModelSpec], CheckpointLayout]] = {
-    "DeepseekV2ForCausalLM": partial(DeepseekCheckpoint, sigmoid=False, has_indexer=False),
-    "DeepseekV3ForCausalLM": partial(DeepseekCheckpoint, sigmoid=True, has_indexer=False),
-    "DeepseekV32ForCausalLM": partial(DeepseekCheckpoint, sigmoid=True, has_indexer=True),
-    "Qwen3MoeForCausalLM": Qwen3MoeCheckpoint,
+    "DeepseekV2ForCausalLM": partial(deepseek_layout, sigmoid=False, has_indexer=False),
+    "DeepseekV3ForCausalLM": partial(deepseek_layout, sigmoid=True, has_indexer=False),
+    "DeepseekV32ForCausalLM": partial(deepseek_layout, sigmoid=True, has_indexer=True),
+    "Glm4MoeForCausalLM": glm4_moe_layout,
+    "GptOssForCausalLM": gpt_oss_layout,
+    "MixtralForCausalLM": mixtral_layout,
+    "OlmoeForCausalLM": olmoe_layout,
+    "Qwen3ForCausalLM": qwen3_layout,
+    "Qwen3MoeForCausalLM": qwen3_moe_layout,
 }
 """By the architecture in config.json. Each raises CheckpointError for options that CUDA ranks do
 not serve."""

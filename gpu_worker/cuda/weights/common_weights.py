@@ -62,16 +62,26 @@ def read_layer(
 
 
 def decoder_sizes(
-    spec: ModelSpec, *, attention: GqaShape | MlaShape, routing: Routing, shared_size: int = 0
+    spec: ModelSpec,
+    *,
+    attention: GqaShape | MlaShape,
+    routing: Routing,
+    shared_size: int = 0,
+    rotates_partly: bool = False,
+    windows: tuple[int, ...] = (),
+    clamped_experts: bool = False,
 ) -> DecoderSizes:
-    """Raises CheckpointError for a rotary embedding that CUDA ranks do not serve."""
+    """`rotates_partly`: the family may rotate a part of each head. Raises CheckpointError for a
+    rotary embedding that CUDA ranks do not serve, and for more experts a token than there are."""
+    too_many = f"top-{spec.top_k} of {spec.num_experts} experts"
+    raise_if_unsupported_on_cuda({too_many: spec.top_k > spec.num_experts})
     has_dense = len(spec.moe_layers) < spec.num_layers
     return DecoderSizes(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
         vocab_size=spec.vocab_size,
         attention=attention,
-        rope=read_rope(spec.raw, kinds=("default", "yarn")),
+        rope=read_rope(spec.raw, kinds=("default", "yarn"), may_be_partial=rotates_partly),
         moe_layers=spec.moe_layers,
         num_experts=spec.num_experts,
         top_k=spec.top_k,
@@ -79,6 +89,8 @@ def decoder_sizes(
         routing=routing,
         shared_size=shared_size,
         dense_size=dense_size(spec) if has_dense else 0,
+        windows=windows,
+        clamped_experts=clamped_experts,
         norm_eps=float(spec.raw.get("rms_norm_eps", 1e-6)),
     )
 
@@ -92,11 +104,6 @@ def read_mlp(reader: WeightReader, prefix: str) -> MlpWeights:
     )
 
 
-def expert_prefix(spec: ModelSpec, layer: int, expert: int) -> str:
-    """`layer` counts only the MoE layers."""
-    return f"model.layers.{spec.moe_layers[layer]}.mlp.experts.{expert}"
-
-
 def raise_if_unsupported_on_cuda(reasons: Mapping[str, bool]) -> None:
     """Raises CheckpointError for the first reason that applies."""
     for reason, applies in reasons.items():
@@ -105,6 +112,12 @@ def raise_if_unsupported_on_cuda(reasons: Mapping[str, bool]) -> None:
                 f"config.json asks for {reason}, which CUDA ranks do not serve; start the ranks "
                 "with --device cpu"
             )
+
+
+def raise_if_not_silu(spec: ModelSpec) -> None:
+    """Raises CheckpointError if MLPs have another activation."""
+    act = spec.raw.get("hidden_act", "silu")
+    raise_if_unsupported_on_cuda({f"activation {act!r}": act not in ("silu", "swish")})
 
 
 def check_tiles(sizes: DecoderSizes) -> None:

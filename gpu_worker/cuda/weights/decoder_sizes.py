@@ -28,11 +28,13 @@ class Routing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSizes:
-    """All layers have the same kind of attention.
+    """All layers have the same kind of attention. Those with grouped queries may differ in their
+    `windows`, which are by layer; if there are none, that of `attention` holds for all.
 
     `moe_layers` are the layers with experts, as in `ModelSpec`; the layer axis of slots, tables and
     exchange counts only these. The other layers have dense MLPs of `dense_size`. `shared_size` is
-    the inner size of all shared experts of a layer together; 0 means none.
+    the inner size of all shared experts of a layer together; 0 means none. `clamped_experts` have
+    gpt-oss's activation; shared experts and dense layers never do.
     """
 
     num_layers: int
@@ -48,10 +50,23 @@ class DecoderSizes:
     shared_size: int = 0
     dense_size: int = 0
     norm_eps: float = 1e-6
+    windows: tuple[int, ...] = ()
+    clamped_experts: bool = False
 
     @property
     def num_moe_layers(self) -> int:
         return len(self.moe_layers)
+
+    @property
+    def num_slot_layers(self) -> int:
+        """As placement counts them: a dense model has one, whose only expert is of size 0."""
+        return max(1, self.num_moe_layers)
+
+    def window_of(self, layer: int) -> int:
+        """How many positions a row sees, its own included; 0: all."""
+        if self.windows:
+            return self.windows[layer]
+        return self.attention.window if isinstance(self.attention, GqaShape) else 0
 
     @property
     def heads_size(self) -> int:

@@ -19,12 +19,18 @@ from gpu_worker.cuda.weights.scaled_blocks import Matrix
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GqaWeights:
-    """`w_qkv_CH` holds the projections of queries, keys and values along the first axis. The norms
-    are per head."""
+    """`w_qkv_CH` holds the projections of queries, keys and values along the first axis, and
+    `b_qkv_C` their biases. The norms are `[D]`, for each head by itself, or `[Q·D]` and `[J·D]`,
+    for all heads together (J: KV heads). `sinks_Q` has a score for each query head that takes part
+    in its softmax; `b_o_H` is the bias of the output projection. Biases and sinks are float32. What
+    a model lacks is None."""
 
     w_qkv_CH: Matrix
-    q_norm_D: Tensor
-    k_norm_D: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    b_qkv_C: Tensor | None = None
+    b_o_H: Tensor | None = None
+    sinks_Q: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +73,11 @@ class MlpWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeWeights:
-    """`correction_E` (e_score_correction_bias) is float32; None if routing has none. `shared` is
-    the one MLP that holds all shared experts, as in checkpoints."""
+    """`correction_E` (e_score_correction_bias) and `b_router_E` are float32; None if routing has
+    none. `shared` is the one MLP that holds all shared experts, as in checkpoints."""
 
     w_router_EH: Tensor
+    b_router_E: Tensor | None = None
     correction_E: Tensor | None = None
     shared: MlpWeights | None = None
 
@@ -84,6 +91,11 @@ class LayerWeights:
     w_o_HO: Matrix
     mlp_norm_H: Tensor
     mlp: MoeWeights | MlpWeights
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """Of the output projection."""
+        return self.attention.b_o_H if isinstance(self.attention, GqaWeights) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

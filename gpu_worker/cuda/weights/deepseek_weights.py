@@ -3,82 +3,52 @@
 from __future__ import annotations
 
 from gpu_worker.checkpoint.checkpoint import Shape
-from gpu_worker.checkpoint.common_tensors import common_tensor_shapes
-from gpu_worker.checkpoint.deepseek_routing import deepseek_shapes, read_deepseek_routing
-from gpu_worker.checkpoint.mla_shape import indexer_shapes, mla_shapes, read_mla_shape
-from gpu_worker.cuda.weights.common_weights import (
-    decoder_sizes,
-    expert_prefix,
-    raise_if_unsupported_on_cuda,
-    read_decoder,
-    read_layer,
-    read_mlp,
-)
-from gpu_worker.cuda.weights.decoder_sizes import Routing
-from gpu_worker.cuda.weights.decoder_weights import (
-    DecoderWeights,
-    IndexerWeights,
-    LayerWeights,
-    MlaWeights,
-    MlpWeights,
-    MoeWeights,
-)
+from gpu_worker.checkpoint.mla_shape import MlaShape, indexer_shapes, mla_shapes, read_mla_shape
+from gpu_worker.cuda.weights.common_weights import decoder_sizes, raise_if_unsupported_on_cuda
+from gpu_worker.cuda.weights.decoder_layout import DecoderLayout
+from gpu_worker.cuda.weights.decoder_weights import IndexerWeights, MlaWeights
+from gpu_worker.cuda.weights.deepseek_moe import DeepseekMoe
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.model_spec import ModelSpec
 
 
-class DeepseekCheckpoint:
-    """Implements `checkpoint_layouts.CheckpointLayout`."""
+def deepseek_layout(spec: ModelSpec, *, sigmoid: bool, has_indexer: bool) -> DecoderLayout:
+    """Raises CheckpointError."""
+    raw = spec.raw
+    act = raw.get("hidden_act", "silu")
+    raise_if_unsupported_on_cuda(
+        {
+            f"activation {act!r}": act != "silu",
+            "biases in attention": bool(raw.get("attention_bias", False)),
+            "biases in MLPs": bool(raw.get("mlp_bias", False)),
+            "a model without expert layers": not spec.moe_layers,
+        }
+    )
+    shape = read_mla_shape(spec, has_indexer=has_indexer)
+    moe = DeepseekMoe(spec, sigmoid=sigmoid)
+    return DecoderLayout(
+        spec,
+        decoder_sizes(spec, attention=shape, routing=moe.routing, shared_size=moe.shared_size),
+        attention=MlaAttention(shape),
+        mlps=moe,
+    )
 
-    def __init__(self, spec: ModelSpec, *, sigmoid: bool, has_indexer: bool) -> None:
-        raw = spec.raw
-        act = raw.get("hidden_act", "silu")
-        raise_if_unsupported_on_cuda(
-            {
-                f"activation {act!r}": act != "silu",
-                "biases in attention": bool(raw.get("attention_bias", False)),
-                "biases in MLPs": bool(raw.get("mlp_bias", False)),
-                "a model without expert layers": not spec.moe_layers,
-            }
-        )
-        self._spec = spec
-        self._shape = read_mla_shape(spec, has_indexer=has_indexer)
-        self._routing = routing = read_deepseek_routing(spec, sigmoid=sigmoid)
-        self.sizes = decoder_sizes(
-            spec,
-            attention=self._shape,
-            routing=Routing(
-                sigmoid=sigmoid,
-                num_groups=routing.num_groups,
-                topk_group=routing.topk_group,
-                normalise=routing.normalise,
-                factor=routing.factor,
-            ),
-            shared_size=routing.num_shared * spec.moe_intermediate_size,
-        )
 
-    def tensor_shapes(self) -> dict[str, Shape]:
-        shapes = common_tensor_shapes(self._spec)
-        for layer in range(self._spec.num_layers):
-            prefix = f"model.layers.{layer}.self_attn"
-            shapes |= mla_shapes(prefix, self._shape)
-            if self._shape.num_index_heads:
-                shapes |= indexer_shapes(f"{prefix}.indexer", self._shape)
-            shapes |= deepseek_shapes(self._spec, self._routing, layer)
+class MlaAttention:
+    """Implements `decoder_layout.LayerPart`."""
+
+    def __init__(self, shape: MlaShape) -> None:
+        self._shape = shape
+
+    def tensor_shapes(self, layer: int) -> dict[str, Shape]:
+        prefix = _prefix(layer)
+        shapes = mla_shapes(prefix, self._shape)
+        if self._shape.num_index_heads:
+            shapes |= indexer_shapes(f"{prefix}.indexer", self._shape)
         return shapes
 
-    def expert_prefix(self, layer: int, expert: int) -> str:
-        return expert_prefix(self._spec, layer, expert)
-
-    def read(self, reader: WeightReader) -> DecoderWeights:
-        return read_decoder(reader, self._spec, lambda layer: self._read_layer(reader, layer))
-
-    def _read_layer(self, reader: WeightReader, layer: int) -> LayerWeights:
-        attention = self._read_attention(reader, f"model.layers.{layer}.self_attn")
-        return read_layer(reader, layer, attention, self._read_mlp(reader, layer))
-
-    def _read_attention(self, reader: WeightReader, prefix: str) -> MlaWeights:
-        shape = self._shape
+    def read(self, reader: WeightReader, layer: int) -> MlaWeights:
+        shape, prefix = self._shape, _prefix(layer)
         has_latent = shape.q_lora_rank > 0
         up_AER = reader.read(f"{prefix}.kv_b_proj.weight").view(
             shape.num_heads, shape.qk_nope_head_dim + shape.v_head_dim, shape.rank
@@ -96,18 +66,9 @@ class DeepseekCheckpoint:
             indexer=_read_indexer(reader, f"{prefix}.indexer") if shape.num_index_heads else None,
         )
 
-    def _read_mlp(self, reader: WeightReader, layer: int) -> MoeWeights | MlpWeights:
-        prefix = f"model.layers.{layer}.mlp"
-        if layer not in self._spec.moe_layers:
-            return read_mlp(reader, prefix)
-        correction = f"{prefix}.gate.e_score_correction_bias"
-        return MoeWeights(
-            w_router_EH=reader.read(f"{prefix}.gate.weight"),
-            correction_E=reader.read_exact(correction) if self._routing.sigmoid else None,
-            shared=(
-                read_mlp(reader, f"{prefix}.shared_experts") if self._routing.num_shared else None
-            ),
-        )
+
+def _prefix(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn"
 
 
 def _read_indexer(reader: WeightReader, prefix: str) -> IndexerWeights:

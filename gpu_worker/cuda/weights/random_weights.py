@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpu_worker.checkpoint.gqa_shape import GqaShape
+from gpu_worker.checkpoint.gqa_shape import (
+    QK_NORM_HEAD,
+    QK_NORM_NONE,
+    QK_NORM_WHOLE,
+    GqaShape,
+)
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import (
@@ -34,10 +39,12 @@ def random_weights(
     *,
     std: float = 0.02,
     scaled: bool = False,
+    biased: bool = False,
 ) -> DecoderWeights:
     """Uses the device's default generator. The embedding has unit variance, so that tokens choose
-    different experts. With `scaled`, what checkpoints quantise is in block-scaled FP8."""
-    source = _Source(device, dtype, std, scaled=scaled)
+    different experts. With `scaled`, what checkpoints quantise is in block-scaled FP8. `biased`:
+    grouped-query attention and routers have biases, and attention has sinks."""
+    source = _Source(device, dtype, std, scaled=scaled, biased=biased)
     hidden = sizes.hidden_size
     return DecoderWeights(
         embedding_VH=source.normal(sizes.vocab_size, hidden, std=1.0),
@@ -49,9 +56,16 @@ def random_weights(
 
 class _Source:
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, std: float, *, scaled: bool
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        std: float,
+        *,
+        scaled: bool,
+        biased: bool,
     ) -> None:
-        self._device, self._dtype, self._std, self._scaled = device, dtype, std, scaled
+        self._device, self._dtype, self._std = device, dtype, std
+        self._scaled, self._biased = scaled, biased
 
     def normal(self, *shape: int, std: float | None = None) -> Tensor:
         empty = torch.empty(shape, device=self._device, dtype=self._dtype)
@@ -64,6 +78,12 @@ class _Source:
         grid = (num_blocks(rows), num_blocks(columns))
         fill_codes(codes)
         return ScaledBlocks(codes, torch.full(grid, self._std / CODES_STD, device=self._device))
+
+    def bias(self, size: int) -> Tensor | None:
+        """In float32; None if there are none."""
+        if not self._biased:
+            return None
+        return torch.empty(size, device=self._device).normal_(std=self._std)
 
     def norm(self, size: int) -> Tensor:
         return torch.empty(size, device=self._device, dtype=self._dtype).uniform_(0.5, 1.5)
@@ -80,10 +100,20 @@ class _Source:
         )
 
     def _gqa(self, shape: GqaShape, hidden: int) -> GqaWeights:
+        columns = shape.q_size + 2 * shape.kv_size
+        normed = {
+            QK_NORM_NONE: (0, 0),
+            QK_NORM_HEAD: (shape.head_dim, shape.head_dim),
+            QK_NORM_WHOLE: (shape.q_size, shape.kv_size),
+        }[shape.qk_norm]
+        q_norm, k_norm = (self.norm(size) if size else None for size in normed)
         return GqaWeights(
-            w_qkv_CH=self.matrix(shape.q_size + 2 * shape.kv_size, hidden),
-            q_norm_D=self.norm(shape.head_dim),
-            k_norm_D=self.norm(shape.head_dim),
+            w_qkv_CH=self.matrix(columns, hidden),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            b_qkv_C=self.bias(columns),
+            b_o_H=self.bias(hidden),
+            sinks_Q=self.bias(shape.num_heads),
         )
 
     def _mla(self, shape: MlaShape) -> MlaWeights:
@@ -112,6 +142,7 @@ class _Source:
         correction_E = torch.empty(experts, device=self._device).uniform_(-0.1, 0.1)
         return MoeWeights(
             w_router_EH=self.normal(experts, hidden, std=hidden**-0.5),
+            b_router_E=self.bias(experts),
             correction_E=correction_E if sizes.routing.sigmoid else None,
             shared=self._mlp(hidden, sizes.shared_size) if sizes.shared_size else None,
         )

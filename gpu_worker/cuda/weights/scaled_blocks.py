@@ -43,6 +43,12 @@ def in_one_slot(weights: Matrix) -> Matrix:
     return ScaledBlocks(weights.codes[None], weights.scales[None])
 
 
+def plain(weights: Matrix) -> Tensor:
+    """For readers that know only plain ones."""
+    assert isinstance(weights, Tensor), "the weights are in FP8"
+    return weights
+
+
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether the kernels take such matrices there: a card must convert E4M3 by itself."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _CAPABILITY_MIN

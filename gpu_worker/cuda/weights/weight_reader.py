@@ -61,9 +61,10 @@ class WeightReader:
         codes, scales = zip(*parts, strict=True)
         return ScaledBlocks(torch.cat(codes), torch.cat(scales))
 
-    def read_exact(self, name: str) -> Tensor:
-        """A small tensor in float32."""
-        return torch.from_numpy(self._checkpoint.read(name)).to(self._device)
+    def read_exact(self, *names: str) -> Tensor:
+        """Small tensors in float32, concatenated along the first axis."""
+        parts = [torch.from_numpy(self._checkpoint.read(name)) for name in names]
+        return torch.cat(parts).to(self._device)
 
     def _stays_scaled(self, names: Sequence[str], in_parts: bool) -> bool:
         if not multiplies_fp8(self._device):

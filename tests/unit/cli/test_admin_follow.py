@@ -64,16 +64,20 @@ async def told(control: FakeControl, rank: int) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_it_waits_until_the_change_is_done(
-    target: Target, control: FakeControl, capsys: pytest.CaptureFixture[str]
-) -> None:
-    following = asyncio.create_task(carry_out(target, drain(2), WAITING, CLOCK))
-    await told(control, 2)
+async def it_waits(following: asyncio.Task[int], capsys: pytest.CaptureFixture[str]) -> None:
+    """Until it has said what it waits for: only then has it read the answer to its request."""
     shown = ""
     while "rank 2 has sessions left" not in shown:
         assert not following.done()
         await asyncio.sleep(0.01)
         shown += capsys.readouterr().err
+
+
+async def test_it_waits_until_the_change_is_done(
+    target: Target, control: FakeControl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    following = asyncio.create_task(carry_out(target, drain(2), WAITING, CLOCK))
+    await it_waits(following, capsys)
     control.leave_map(2)
     assert await following == 0
     assert last_line(capsys.readouterr().out) == "it is drained, and safe to terminate"
@@ -123,7 +127,7 @@ async def test_an_interrupt_says_that_the_change_goes_on(
 ) -> None:
     wish = drain(2, undo="starfish undrain 2")
     following = asyncio.create_task(carry_out(target, wish, WAITING, CLOCK))
-    await told(control, 2)
+    await it_waits(following, capsys)
     following.cancel()
     with pytest.raises(asyncio.CancelledError):
         await following

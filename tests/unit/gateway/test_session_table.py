@@ -70,6 +70,15 @@ def test_a_session_is_placed_at_once_where_a_rank_lives() -> None:
     assert [m for m, _ in submits(actions)] == [member(0)]
 
 
+def test_tokens_and_the_end_of_a_session_in_one_frame_are_reported_once() -> None:
+    table = new_table(member(0))
+    session, actions = open_one(table)
+    ((_, submit),) = submits(actions)
+    messages = [frame(submit, 0, 5), frame(submit, 1, 6, finish=FinishReason.STOP)]
+    assert table.on_tokens(member(0), messages, LOAD, 1.0) == [NotifyReader(session=session)]
+    assert (list(session.emitted), session.ended) == ([5, 6], True)
+
+
 def test_a_rank_must_be_both_linked_and_in_the_map() -> None:
     table = SessionTable(rank_chooser=RankChooser(), policy=SessionPolicy())
     _, actions = open_one(table)

@@ -43,7 +43,7 @@ def test_only_where_a_card_draws_tokens_those_of_the_host_are_few() -> None:
         config = RankConfig(**given)  # type: ignore[arg-type]
         return with_step_sizes(config, on_card=on_card, num_ranks=2).tenant_host_rows
 
-    assert of(on_card=True) == 8
+    assert of(on_card=True) == 4
     assert of(on_card=False) == -1
     assert of(on_card=True, tenant_host_rows=-1) == -1
 

@@ -141,6 +141,7 @@ spec:
       volumeMounts:
         {{- include "starfish.volumeMounts" .root | nindent 8 }}
         - {name: shm, mountPath: /dev/shm}
+        - {name: kernel-cache, mountPath: /var/lib/starfish}
         {{- if .root.Values.etcd.tls.enabled }}
         - {name: rank-etcd-certificate, mountPath: /etc/starfish/rank-etcd, readOnly: true}
         {{- end }}
@@ -149,6 +150,8 @@ spec:
         {{- end }}
   volumes:
     {{- include "starfish.volumes" . | nindent 4 }}
+    - name: kernel-cache
+      {{- toYaml $ranks.kernelCache | nindent 6 }}
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ $ranks.shmSize }}}
     {{- if .root.Values.etcd.tls.enabled }}

@@ -147,7 +147,7 @@ async def test_what_cannot_be_is_refused_and_says_what_would_be_needed(
         ("/scale_elastic_ep", {}, "new_data_parallel_size"),
         ("/scale_elastic_ep", {"new_data_parallel_size": 0}, "new_data_parallel_size"),
         ("/scale_elastic_ep", {"new_data_parallel_size": 3, "drain_timeout": 0}, "drain_timeout"),
-        ("/v1/fault_tolerance/apply", {"instruction": "retry"}, "request_id"),
+        ("/fault_tolerance/apply", {"instruction": "retry", "request_id": "a b"}, "request_id"),
         ("/v1/fault_tolerance/apply", {"instruction": "fly", "request_id": "1"}, "scale_down"),
         (
             "/v1/fault_tolerance/apply",
@@ -264,6 +264,19 @@ async def test_as_vllm_tells_of_faults_and_applies(
     )
     assert retry.status == 202
     assert "nothing to do" in retry.body["message"]
+
+
+async def test_fault_tolerance_is_also_where_newer_releases_of_vllm_have_it(
+    client: AdminClient, control: FakeControl
+) -> None:
+    body = {"instruction": "scale_down", "params": {"removed_dp_ranks": [1]}}
+    answer = await client.post("/fault_tolerance/apply", body)
+    assert answer.status == 202
+    assert answer.body["request_id"]
+    assert [each.rank for each in control.state.desired.ranks] == [0, 2, 3]
+    new, old = [await client.get(f"{p}/fault_tolerance/status") for p in ("", "/v1")]
+    assert new.body == old.body
+    assert new.body["total_engines"] == 4
 
 
 async def test_etcd_that_does_not_answer_is_503_and_the_same_request_may_be_repeated(

@@ -12,9 +12,9 @@ from tests.unit.gpu_worker.engine.toy import EOS, limits, submit
 LONG = 40_000
 
 
-def sequence_of(tokens: tuple[int, ...], **sampling: object) -> Sequence:
+def sequence_of(tokens: tuple[int, ...], *, num_emitted: int = 0, **sampling: object) -> Sequence:
     return Sequence(
-        submit(tokens=tokens, **sampling),
+        submit(tokens=tokens, num_emitted=num_emitted, **sampling),
         origin=Origin(0),
         arrival=0,
         eos_token_ids=(EOS,),
@@ -67,6 +67,17 @@ def test_prompts_beside_decodes_share_their_part_and_the_first_gets_on_always() 
     for _ in range(3):
         mixed.add_prefill(*prefill())
     assert tokens(mixed) == [1, 300, 212]
+    assert mixed.is_spent
+
+
+def test_what_a_death_made_a_rank_compute_again_is_not_held_back_beside_decodes() -> None:
+    mixed = budget(mixed_prefill_tokens=128)
+    mixed.add_decodes([decode()], ())
+    for _ in range(2):
+        mixed.add_prefill(sequence_of((1, 2), num_emitted=1), ProjectedState(300, 0))
+    assert not mixed.is_spent
+    mixed.add_prefill(*prefill())
+    assert tokens(mixed) == [1, 300, 300, 128]
     assert mixed.is_spent
 
 

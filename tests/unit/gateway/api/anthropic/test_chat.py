@@ -6,8 +6,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from anthropic.types.message_count_tokens_params import MessageCountTokensParams
+from anthropic.types.message_create_params import MessageCreateParamsBase
+from anthropic.types.output_config_param import OutputConfigParam
+from anthropic.types.thinking_config_adaptive_param import ThinkingConfigAdaptiveParam
+from anthropic.types.thinking_config_enabled_param import ThinkingConfigEnabledParam
 
-from gateway.api.anthropic.bodies import MessagesBody
+from gateway.api.anthropic.bodies import CountBody, MessagesBody, OutputConfig, Thinking
 from gateway.api.anthropic.chat import chat_fields
 from shared.errors import RequestError
 
@@ -168,9 +173,46 @@ def test_the_form_of_the_output_is_a_response_format() -> None:
         {"mcp_servers": [{"url": "https://example.com"}]},
         {"output_config": {"format": {"type": "xml"}}},
         {"output_format": {"type": "json_schema"}},
+        {"output_config": {"effort": "enormous"}},
+        {"thinking": {"type": "enabled", "display": "sung"}},
     ],
 )
 def test_what_would_change_the_answer_and_is_not_here_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as refused:
         chat_of(**fields)
     assert refused.value.param == next(iter(fields))
+
+
+def test_the_effort_is_a_variable_of_the_template() -> None:
+    variables = chat_of(output_config={"effort": "high"})["chat_template_kwargs"]
+    assert variables["reasoning_effort"] == "high"
+    assert "reasoning_effort" not in chat_of()["chat_template_kwargs"]
+
+
+@pytest.mark.parametrize(
+    ("thinking", "shows"),
+    [
+        ({"type": "adaptive"}, True),
+        ({"type": "enabled", "display": "summarized"}, True),
+        ({"type": "enabled", "display": "omitted"}, False),
+        ({"type": "disabled"}, False),
+    ],
+)
+def test_thinking_is_shown_unless_it_is_to_be_omitted(
+    thinking: dict[str, str], shows: bool
+) -> None:
+    assert chat_of(thinking=thinking)["include_reasoning"] is shows
+
+
+@pytest.mark.parametrize(
+    ("body", "theirs"),
+    [
+        (MessagesBody, MessageCreateParamsBase),
+        (CountBody, MessageCountTokensParams),
+        (OutputConfig, OutputConfigParam),
+        (Thinking, ThinkingConfigAdaptiveParam),
+        (Thinking, ThinkingConfigEnabledParam),
+    ],
+)
+def test_every_field_of_the_api_is_known(body: type[msgspec.Struct], theirs: type) -> None:
+    assert set(theirs.__annotations__) - {"stream"} <= set(body.__struct_fields__)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from typing import Any
 
 import msgspec
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
+from openai.types.responses.response_text_config_param import ResponseTextConfigParam
+from openai.types.shared_params.reasoning import Reasoning
 from pydantic import TypeAdapter
 
-from gateway.api.bodies import ChatBody
+from gateway.api.bodies import ChatBody, ignored_fields
 from gateway.api.dialect import Ending
 from gateway.api.errors import http_error
 from gateway.api.openai_responses.answer import ResponseAnswer
-from gateway.api.openai_responses.bodies import ResponsesBody, refuse_unsupported
+from gateway.api.openai_responses.bodies import (
+    ReasoningOptions,
+    ResponsesBody,
+    TextOptions,
+    refuse_unsupported,
+)
 from gateway.api.openai_responses.chat import chat_fields, input_messages
 from gateway.api.openai_responses.store import ResponseStore, StoredResponse
 from gateway.api.responses import Usage
@@ -203,7 +213,7 @@ def test_a_failed_stream_keeps_what_came() -> None:
 
 def stored(number: int, owner: str = "a") -> StoredResponse:
     messages = [{"role": "user", "content": "x" * 100}]
-    return StoredResponse(owner=owner, response={"id": f"resp_{number}"}, messages=messages)
+    return StoredResponse.of({"id": f"resp_{number}"}, messages, owner=owner)
 
 
 def test_the_store_is_bounded_and_keeps_what_is_used() -> None:
@@ -214,8 +224,40 @@ def test_the_store_is_bounded_and_keeps_what_is_used() -> None:
     store.put(stored(3))
     assert store.get("resp_1", "a") is None
     assert store.get("resp_0", "a") is not None
-    store.put(StoredResponse(owner="a", response={"id": "x" * 600}, messages=[]))
+    store.put(StoredResponse.of({"id": "x" * 600}, [], owner="a"))
     assert len(store) == 3
+
+
+def test_a_response_comes_back_as_it_was() -> None:
+    response = {"id": "resp_1", "output": [{"text": "é😀\ud7ff", "logprobs": None}], "n": 0.1}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": "\0"}]},
+        {"role": "assistant", "content": None},
+    ]
+    store = ResponseStore(500)
+    store.put(StoredResponse.of(response, messages, owner="a"))
+    found = store.get("resp_1", "a")
+    assert found is not None
+    assert (json.loads(found.response), found.messages) == (response, messages)
+
+
+def test_the_store_takes_no_more_memory_than_its_bound_says() -> None:
+    """The tools that a client sends are part of a response: nested ones of 32 KB took 1 MB."""
+    bytes_max = 1 << 20
+    store = ResponseStore(bytes_max)
+    nested = "[" * 500 + "]" * 500
+    tools = ("[" + ",".join([nested] * 30) + "]").encode()
+    tracemalloc.start()
+    try:
+        for number in range(100):
+            parameters = msgspec.json.decode(tools)
+            response = {"id": f"resp_{number}", "tools": [{"parameters": parameters}]}
+            store.put(StoredResponse.of(response, [], owner="a"))
+        del parameters, response
+        assert 25 < len(store) < 40
+        assert tracemalloc.get_traced_memory()[0] < 1.5 * bytes_max
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_response_exists_for_its_owner_alone() -> None:
@@ -225,3 +267,38 @@ def test_a_response_exists_for_its_owner_alone() -> None:
     assert not store.delete("resp_0", "b")
     assert store.delete("resp_0", "a")
     assert store.get("resp_0", "a") is None
+
+
+@pytest.mark.parametrize(
+    ("body", "theirs"),
+    [
+        (ResponsesBody, ResponseCreateParamsBase),
+        (ReasoningOptions, Reasoning),
+        (TextOptions, ResponseTextConfigParam),
+    ],
+)
+def test_every_field_of_the_api_is_known(body: type[msgspec.Struct], theirs: type) -> None:
+    assert set(theirs.__annotations__) <= set(body.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "plain"),
+    [
+        ("text", {"verbosity": "low"}, {"verbosity": "medium"}),
+        ("reasoning", {"mode": "pro"}, {"mode": "standard"}),
+        ("reasoning", {"context": "all_turns"}, {"context": "auto"}),
+    ],
+)
+def test_what_would_change_the_answer_inside_an_object_is_refused(
+    field: str, value: dict[str, str], plain: dict[str, str]
+) -> None:
+    checked_chat(body_of(**{field: plain}))
+    with pytest.raises(RequestError) as refused:
+        checked_chat(body_of(**{field: value}))
+    assert refused.value.param == field
+
+
+def test_unknown_fields_of_objects_are_named() -> None:
+    fields = {"input": "hi", "text": {"colour": 1}, "reasoning": None, "user": "u", "temprature": 0}
+    named = ignored_fields(msgspec.json.encode(fields), ResponsesBody)
+    assert named == ["temprature", "text.colour"]

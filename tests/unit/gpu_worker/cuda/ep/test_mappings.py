@@ -20,13 +20,11 @@ from shared.types import Epoch, Incarnation, Member, RankId
 
 
 class Card:
-    """Implements `mappings.MappedBuffer` as Mooncake does: a rank that is connected has to be
-    disconnected before its next life is connected. `dead` cannot be mapped. And
-    `mappings.PeerMemory`."""
+    """Implements `ep_mappings.MappedBuffer` as Mooncake does: a rank that is connected has to be
+    disconnected before its next life is connected. `dead` cannot be mapped."""
 
     def __init__(self) -> None:
         self.mapped: set[int] = set()
-        self.opened: list[str] = []
         self.dead: set[int] = set()
         self.num_unmapped = 0
 
@@ -35,14 +33,6 @@ class Card:
             raise RuntimeError("no such memory")
         assert not self.mapped & set(remote_ranks), "already connected"
         self.mapped |= set(remote_ranks)
-
-    def open(self, handles: ExchangeHandles) -> None:
-        if RankId(int(handles.buffer_id.partition(".")[0])) in self.dead:
-            raise RuntimeError("no such memory")
-        self.opened.append(handles.buffer_id)
-
-    def close(self, handles: ExchangeHandles) -> None:
-        self.opened.remove(handles.buffer_id)
 
     def disconnect_ranks(self, remote_ranks: list[int]) -> None:
         assert self.mapped >= set(remote_ranks), "not connected"
@@ -64,7 +54,6 @@ class Own:
             SystemClock(),
             WorkerThread("mappings"),
             self._check_device,
-            self.card,
         )
         self.context_is_gone = False
 
@@ -196,29 +185,3 @@ def test_the_buffer_that_was_only_met_is_not_taken_for_the_one_that_is_mapped(ow
     own.mappings.connect(life(2, 3), handles_of(life(2, 2)))
     assert own.adopt(3, life(0), life(1), life(2, 3)) == {0, 1, 2}
     assert own.card.num_unmapped == 1
-
-
-def test_the_memory_of_a_newcomer_is_opened_before_the_pause_in_which_it_is_mapped(
-    own: Own,
-) -> None:
-    own.connect(life(2, 2))
-    assert own.card.opened == ["2.2"]
-    own.adopt(3, life(0), life(1), life(2, 2))
-    assert (own.card.mapped, own.card.opened) == ({1, 2}, [])
-
-
-def test_the_memory_of_a_newcomer_that_ends_before_a_map_names_it_is_freed(own: Own) -> None:
-    own.connect(life(2, 2))
-    own.mappings.forget(life(2, 2))
-    own.mappings.call(lambda: None)
-    assert own.card.opened == []
-    own.mappings.forget(life(1))
-    own.mappings.call(lambda: None)
-    assert own.card.mapped == {1, 2}
-
-
-def test_a_newcomer_whose_memory_cannot_be_opened_is_not_met(own: Own) -> None:
-    own.card.dead = {2}
-    with pytest.raises(ConnectionError, match="no such memory"):
-        own.connect(life(2, 2))
-    assert not own.who.is_connected(life(2, 2))

@@ -33,8 +33,8 @@ HANDLES = ExchangeHandles(
 
 
 class Device:
-    """Implements `rank_mask.MaskDevice`, `mappings.MappedBuffer` and `mappings.PeerMemory`. Kernels
-    run until the mask is clear."""
+    """Implements `rank_mask.MaskDevice` and `mappings.MappedBuffer`. Kernels run until the mask is
+    clear."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -71,12 +71,6 @@ class Device:
         self.mapped = [rank for rank in self.mapped if rank not in remote_ranks]
         self.calls.append("unmap")
 
-    def open(self, handles: ExchangeHandles) -> None:
-        self.calls.append("open")
-
-    def close(self, handles: ExchangeHandles) -> None:
-        self.calls.append("close")
-
     def _check(self) -> None:
         if self.is_lost:
             raise RuntimeError("the context is gone")
@@ -110,7 +104,6 @@ def mask(device: Device) -> RankMask:
         handle_store=HandleStore(),
         clock=SystemClock(),
         mapping_worker=WorkerThread("mappings"),
-        peer_memory=device,
     )
     for rank in (1, 2):
         connect(mask, life(rank))

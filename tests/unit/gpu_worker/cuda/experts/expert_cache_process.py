@@ -27,7 +27,7 @@ class StuckReader(ExpertReader):
     def read(self, layer: int, expert: int, out_N: Tensor) -> None:
         self.num_reads += 1
         if self.num_reads == self._stuck_at:
-            out_N[: self.num_values // 2] = 9.0
+            out_N[: self.form.num_values // 2] = 9.0
             print("stuck", layer, expert, flush=True)
             while True:
                 signal.pause()

@@ -49,8 +49,8 @@ def header_of(folder: Path, reader: ExpertReader) -> ExpertCacheHeader:
     return ExpertCacheHeader(
         folder=str(folder),
         fingerprint=open_checkpoint(folder, _shapes()).fingerprint(),
-        dtype=str(reader.dtype),
-        num_values=reader.num_values,
+        dtype=str(reader.form.dtype),
+        num_values=reader.form.num_values,
         num_layers=NUM_LAYERS,
         num_experts=NUM_EXPERTS,
     )

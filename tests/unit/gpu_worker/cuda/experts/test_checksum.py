@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,26 +12,25 @@ from hypothesis import strategies as st
 from gpu_worker.cuda.experts.checksum import checksum, checksum_of
 from gpu_worker.cuda.experts.expert_form import ExpertForm
 
-NUM_VALUES = 3 * 40 * 24
+HIDDEN, INNER = 24, 40
+PLAIN = ExpertForm(hidden_size=HIDDEN, inner_size=INNER, dtype=torch.bfloat16)
+BIASED = replace(PLAIN, biased=True)
+NUM_VALUES = BIASED.num_values
 SCALED = ExpertForm(hidden_size=272, inner_size=16, dtype=torch.bfloat16, scaled=True)
 NUM_CODES = 3 * 272 * 16
 
 
-def form(dtype: torch.dtype) -> ExpertForm:
-    return ExpertForm(hidden_size=24, inner_size=40, dtype=dtype)
-
-
-def weights(dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(NUM_VALUES, generator=torch.Generator().manual_seed(1)).to(dtype)
+def weights(dtype: torch.dtype, form: ExpertForm = BIASED) -> torch.Tensor:
+    return torch.randn(form.num_values, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 @settings(deadline=None)
 @given(st.integers(0, NUM_VALUES * 2 - 1), st.integers(0, 7))
 def test_every_flipped_bit_is_noticed(byte: int, bit: int) -> None:
     values = weights(torch.bfloat16)
-    known = checksum_of(values, form(torch.bfloat16))
+    known = checksum_of(values, BIASED)
     values.view(torch.uint8)[byte] ^= 1 << bit
-    assert checksum_of(values, form(torch.bfloat16)) != known
+    assert checksum_of(values, BIASED) != known
 
 
 @settings(deadline=None)
@@ -46,17 +47,23 @@ def test_every_flipped_bit_of_codes_and_scales_is_noticed(byte: int, bit: int) -
 @given(st.integers(0, NUM_VALUES - 1), st.integers(0, NUM_VALUES - 1))
 def test_exchanged_values_are_noticed(one: int, other: int) -> None:
     values = weights(torch.float32)
-    floats = form(torch.float32)
-    known, same = checksum_of(values, floats), values[one] == values[other]
+    form = replace(BIASED, dtype=torch.float32)
+    known, same = checksum_of(values, form), values[one] == values[other]
     values[[one, other]] = values[[other, one]]
-    assert (checksum_of(values, floats) == known) == bool(same)
+    assert (checksum_of(values, form) == known) == bool(same)
 
 
+@pytest.mark.parametrize("form", [PLAIN, BIASED], ids=["plain", "biased"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_slot_has_the_checksum_of_what_was_put_into_it(dtype: torch.dtype) -> None:
-    values, split = weights(dtype), NUM_VALUES // 3 * 2
-    gate_up, down = values[:split].clone().view(80, 24), values[split:].clone().view(24, 40)
-    assert int(checksum([gate_up, down])) == checksum_of(values, form(dtype))
+def test_a_slot_has_the_checksum_of_what_was_put_into_it(
+    dtype: torch.dtype, form: ExpertForm
+) -> None:
+    form = replace(form, dtype=dtype)
+    values = weights(dtype, form)
+    parts = [part.clone() for part in form.split(values)]
+    shapes = [(2 * INNER, HIDDEN), (HIDDEN, INNER), (2 * INNER,), (HIDDEN,)]
+    assert [part.shape for part in parts] == shapes[: len(parts)]
+    assert int(checksum(parts)) == checksum_of(values, form)
 
 
 def test_a_scaled_expert_lies_in_codes_and_then_scales() -> None:
@@ -68,6 +75,12 @@ def test_a_scaled_expert_lies_in_codes_and_then_scales() -> None:
     assert SCALED.num_bytes == NUM_CODES + 4 * 9
     with pytest.raises(ValueError, match="13092 values"):
         SCALED.split(torch.zeros(NUM_CODES, dtype=torch.uint8))
+
+
+def test_an_expert_of_a_dense_model_has_no_weights_and_a_checksum() -> None:
+    nothing = replace(PLAIN, inner_size=0)
+    assert nothing.num_bytes == 0
+    assert checksum_of(torch.zeros(0, dtype=torch.bfloat16), nothing) == 0
 
 
 @pytest.mark.parametrize("num_bytes", [3, 6, 12, 24])

@@ -52,7 +52,7 @@ class Rank:
             progress.count(num_bytes)
 
         reader = open_experts(folder, dtype, on_read)
-        self.expert_bytes = reader.num_bytes
+        self.expert_bytes = reader.form.num_bytes
         self.folder = folder
         self.copies = open_host_experts(
             reader, memory_for(staging_buffer), header_of(folder, reader)
@@ -150,6 +150,17 @@ def test_progress_ends_with_everything_and_counts_all_bytes(tmp_path: Path) -> N
         0,
     )
     assert log["tensors"] == 15
+
+
+def test_what_becomes_a_copy_on_its_way_is_counted_once(tmp_path: Path) -> None:
+    rank = Rank(save_experts(tmp_path), staging_buffer=100)
+    with capture_logs() as logs:
+        rank.loader.load(FIRST)
+    assert [log["tensors"] for log in logs if log["event"] == "experts_loaded"] == [15]
+    assert rank.copies.wait_until_filled(timeout_s=30)
+    with capture_logs() as logs:
+        rank.loader.load(SECOND)
+    assert [log["tensors"] for log in logs if log["event"] == "experts_loaded"] == [3]
 
 
 def test_a_damaged_expert_is_refused_by_name_and_others_stay(tmp_path: Path) -> None:

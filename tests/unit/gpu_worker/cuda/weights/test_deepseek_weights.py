@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from gpu_worker.checkpoint.checkpoint import open_checkpoint
 from gpu_worker.cuda.weights.common_weights import check_tiles
+from gpu_worker.cuda.weights.decoder_layout import DecoderLayout
 from gpu_worker.cuda.weights.decoder_weights import (
     DecoderWeights,
     MlaWeights,
     MlpWeights,
     MoeWeights,
 )
-from gpu_worker.cuda.weights.deepseek_weights import DeepseekCheckpoint
+from gpu_worker.cuda.weights.deepseek_weights import deepseek_layout
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.errors import CheckpointError
@@ -66,9 +67,9 @@ def v32_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def checkpoint_layout_of(folder: Path) -> DeepseekCheckpoint:
+def checkpoint_layout_of(folder: Path) -> DecoderLayout:
     spec = read_model_spec(folder)
-    return DeepseekCheckpoint(
+    return deepseek_layout(
         spec,
         sigmoid=spec.architecture != "DeepseekV2ForCausalLM",
         has_indexer=spec.architecture == "DeepseekV32ForCausalLM",
