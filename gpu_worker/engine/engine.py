@@ -11,8 +11,10 @@ and no newer map is here. Then the hardware never pauses. If nothing is in fligh
     a map that it may not adopt yet goes on under the old one, as far as the runner lets it
     a planned map                   goes on under the old one until a step that all members began
                                     knowing of it is committed: all adopt it then. At once if it is
-                                    asleep, held or behind, or the map has waited long
-    in a map that leaves us out     posts Fenced and returns
+                                    asleep, held or behind, the map has waited long, or a later one
+                                    is in force
+    in a map that leaves us out     posts Fenced and returns. FAREWELL_S later, if it has taken its
+                                    last step with the others
     held                            posts Held; sleeps until a map newer than the hold is here
     awake                           runs the next step
       its peers moved on            abandons the plan; is behind its map
@@ -66,6 +68,9 @@ from shared.wire import Adoption, Cancel, Load, SessionTokens, Submit, Wake
 
 STRANDED_S = 30.0
 """A rank that is behind its map for so long leaves and restarts."""
+FAREWELL_S = 0.25
+"""For so long a rank that has taken its last step with the others stays: some may still be in that
+step, and would take it for dead."""
 _PARK_S = 1.0  # a bound on each wait; every reason to go on notifies the inbox
 _SEND_PENDING_S = 0.002  # between replicas of a parked engine; about as long as a step
 
@@ -121,7 +126,8 @@ class Engine:
         self._behind_since = 0.0
         self._held_epoch = Epoch(0)  # no map up to this one may be run under
         self._asleep = False
-        self._agreed_epoch = Epoch(0)  # all adopt the map of this epoch now
+        self._is_agreed = False  # all adopt the newest map now
+        self._agreed_at = 0.0
         self._pads = False  # all run a step without tokens next
         self._in_flight: deque[StepPlan] = deque()  # begun and not ended
         self._last_wake = (Epoch(0), Step(0))
@@ -164,6 +170,9 @@ class Engine:
                 self._end_step()
                 continue
             if self._is_fenced():
+                if (left_s := self._farewell_s()) > 0:
+                    self._monitor.park(left_s)
+                    continue
                 self._post(Fenced(epoch=self._newest_epoch()))
                 return
             if self._is_stranded():
@@ -240,15 +249,19 @@ class Engine:
             and not self._waits_for_others()
         )
 
+    def _farewell_s(self) -> float:
+        return self._agreed_at + FAREWELL_S - self._clock.now() if self._is_agreed else 0.0
+
     def _waits_for_others(self) -> bool:
         """Whether the newest map is a planned one of which some member may not know, and steps go
         on meanwhile."""
         newest = self._newest
-        if newest is None or newest.expert_map.epoch <= max(self._epoch, self._agreed_epoch):
+        if newest is None or newest.expert_map.epoch <= self._epoch or self._is_agreed:
             return False
         goes_on = self._epoch > self._held_epoch and not self._is_behind and not self._asleep
-        is_waiting = newest.expert_map.epoch > self._monitor.newest_epoch()
-        return goes_on and is_waiting and self._runner.adopts_together
+        has_time = self._clock.now() < newest.waits_until
+        is_in_force = self._monitor.newest_epoch() > self._epoch  # it, or one before it
+        return goes_on and has_time and not is_in_force and self._runner.adopts_together
 
     def _is_stranded(self) -> bool:
         return self._is_behind and self._clock.now() > self._behind_since + STRANDED_S
@@ -275,7 +288,7 @@ class Engine:
             now=self._clock.now(),
             abandoned=self._is_behind,
         )
-        self._is_behind = self._asleep = self._pads = False
+        self._is_behind = self._asleep = self._pads = self._is_agreed = False
         self._post(Adopted(expert_map=newest.expert_map, adoption=adoption))
 
     def _try_claim_step(self) -> bool:
@@ -356,8 +369,7 @@ class Engine:
         self._set_step(self._step + 1)
         self._asleep = not result.any_work
         self._pads = result.all_pad
-        if result.all_may_adopt:
-            self._agreed_epoch = self._newest_epoch()
+        self._is_agreed, self._agreed_at = result.all_may_adopt, self._clock.now()
         self._replicator.send_offered()
 
     def _post_tokens(self, replies: dict[Origin, list[SessionTokens]]) -> None:

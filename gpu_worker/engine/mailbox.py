@@ -39,8 +39,9 @@ class OrphanOrigin:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewMap:
     """A map that may be adopted: every member's link is open. `seen_at` is the `Clock.now()` at
-    which it was put here. Until `waits_until` the steps under the map before it go on, so that all
-    can adopt it after the same one; 0: the running step is abandoned."""
+    which it was put here. Until `waits_until` further steps under the map before it are begun, so
+    that all can adopt it after the same one; 0: it does not wait, and the running step is
+    abandoned."""
 
     expert_map: ExpertMap
     seen_at: float

@@ -111,7 +111,6 @@ class ModelRunner:
     """Runs a model layer by layer over an exchange that stamps messages with epoch and step."""
 
     counts_across_epochs = False
-    adopts_together = True
 
     def __init__(self, model: Model, exchange: Exchange, drafts: DraftModel | None = None) -> None:
         """`drafts` is the same model, if it has a layer that drafts; on every rank, or on none."""
@@ -119,6 +118,10 @@ class ModelRunner:
         self._drafts = drafts
         self._exchange = exchange
         self._plan: StepPlan | None = None
+
+    @property
+    def adopts_together(self) -> bool:
+        return self._model.num_moe_layers > 0
 
     def can_run_ahead_of(self, plan: StepPlan) -> bool:
         return False

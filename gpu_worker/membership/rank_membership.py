@@ -171,6 +171,11 @@ class RankMembership:
         return self._map
 
     @property
+    def running_map(self) -> ExpertMap | None:
+        """The newest map that the engine has adopted."""
+        return self._adopted
+
+    @property
     def peers(self) -> tuple[RankRecord, ...]:
         return tuple(self._peers.values())
 
@@ -275,7 +280,8 @@ class RankMembership:
                 *self._adopt_if_able(),
                 *self._load_if_needed(),
             ]
-        if self._was_member and expert_map.is_planned and not self._peers_may_lag:
+        steps = self._adopted is not None and not self._peers_may_lag
+        if steps and expert_map.is_planned:
             self._postponed_map, self._map = None, expert_map
             return [*self._drop_gone(), AdoptMap(expert_map=expert_map)]
         successor = expert_map.incarnation_of(self._member.rank)

@@ -491,10 +491,22 @@ def test_a_drained_rank_steps_with_the_others_until_all_know_of_the_map(
     it = membership()
     it.on_peer_record(record(1))
     it.on_link_opened(member(1))
-    it.on_map(expert_map(1, member(0), member(1)))
+    first = expert_map(1, member(0), member(1))
+    it.on_map(first)
+    it.on_adopted(first)
     without = replace(expert_map(2, member(1)), is_planned=True)
     if verdict_first:
         assert it.on_verdict(member(0), Epoch(2), is_drained=True) == []
     assert it.on_map(without) == [AdoptMap(expert_map=without)]
     assert it.on_verdict(member(0), Epoch(2), is_drained=True) == []
     assert it.on_engine_stopped("left out") == [Leave(reason="left out")]
+
+
+def test_a_drained_rank_that_steps_with_nobody_leaves_at_once() -> None:
+    """Its engine is in no map yet, so that none leaves it out."""
+    it = membership()
+    it.on_peer_record(record(1))
+    first = expert_map(1, member(0), member(1))
+    assert it.on_map(first) == [AnnounceMap(expert_map=first)], "no link is open"
+    (leave,) = it.on_map(replace(expert_map(2, member(1)), is_planned=True))
+    assert isinstance(leave, Leave)
