@@ -28,6 +28,10 @@ class CountingExchange:
         self.combine = inner.combine
         self.num_slots: list[int] = []
 
+    @property
+    def may_change_map(self) -> bool:
+        return self._inner.may_change_map
+
     def dispatch(self, layer: int, x_TH: np.ndarray, experts_TK: np.ndarray) -> Dispatched:
         dispatched = self._inner.dispatch(layer, x_TH, experts_TK)
         self.num_slots.append(np.unique(dispatched.slots_N).size)

@@ -114,6 +114,7 @@ class Residency:
         *,
         epoch: int,
         joiners: tuple[RankId, ...] = (),
+        is_planned: bool = False,
         cause: str = "",
         published_at: float = 0,
     ) -> ExpertMap:
@@ -124,6 +125,7 @@ class Residency:
             members=tuple(sorted(rows)),
             placement=self.placement(rows),
             joiners=joiners,
+            is_planned=is_planned,
             cause=cause,
             published_at=published_at,
             **self._on_demand(rows),

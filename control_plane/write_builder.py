@@ -62,6 +62,7 @@ class WriteBuilder:
             rows,
             epoch=epoch,
             joiners=self._adoption.joiners(rows),
+            is_planned=current is not None and not dead and not at_once,
             cause=cause,
             published_at=now,
         )

@@ -83,7 +83,15 @@ class DesiredRanks:
 
 
 def _serves(view: ServingView, process: RunningProcess) -> bool:
+    """A planned map is adopted by all after the same step: who is not in it steps with the others
+    until then, and has its record so long."""
     incarnation = view.members.get(process.rank)
+    if incarnation is None:
+        incarnation = view.former_members.get(process.rank)
+        if not any(
+            r.rank == process.rank and r.incarnation == incarnation for r in view.records.values()
+        ):
+            return False
     return incarnation is not None and process.first <= incarnation <= process.newest
 
 

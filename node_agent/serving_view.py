@@ -18,13 +18,15 @@ News = RankRecord | Verdict
 
 @dataclass(slots=True, kw_only=True)
 class ServingView:
-    """`members` are those of the newest map. `malformed` keys hold what no service of ours wrote;
+    """`members` are those of the newest map; of a rank that it has not, `former_members` has the
+    incarnation that was a member last. `malformed` keys hold what no service of ours wrote;
     they count as absent."""
 
     keys: Keys
     synced: bool = False
     desired: DesiredState = field(default_factory=DesiredState)
     members: dict[RankId, Incarnation] = field(default_factory=dict)
+    former_members: dict[RankId, Incarnation] = field(default_factory=dict)
     records: dict[str, RankRecord] = field(default_factory=dict)  # by key
     malformed: set[str] = field(default_factory=set)
 
@@ -46,7 +48,10 @@ class ServingView:
             self.desired = DesiredState() if value is None else unpack_record(value, DesiredState)
         elif key == keys.map:
             members = () if value is None else unpack_map(value).members
+            self.former_members |= self.members
             self.members = {m.rank: m.incarnation for m in members}
+            for rank in self.members:
+                self.former_members.pop(rank, None)
         elif key.startswith(keys.ranks):
             self.records.pop(key, None)
             if value is not None:

@@ -27,6 +27,8 @@ class ExpertMap:
     slots. P is 0 unless there are fewer slots than experts.
     `joiners` are the members that have not yet been seen to step under an earlier map. Ranks that
     meet by counting CUDA graph launches restart their count with them.
+    `is_planned`: nobody has died since the map before, so that its members can go on under it until
+    all have heard of this one.
     `cause` says in words why this epoch follows the last one.
     `published_at` is the publisher's `Clock.now()` in seconds, for measurements on one host.
     """
@@ -36,6 +38,7 @@ class ExpertMap:
     members: tuple[Member, ...]
     placement: Placement
     joiners: tuple[RankId, ...] = ()
+    is_planned: bool = False
     cause: str = ""
     published_at: float = 0.0
     on_demand: Placement = field(default_factory=lambda: np.zeros((0, 0, 1), dtype=np.int16))
@@ -106,6 +109,7 @@ class ExpertMap:
             "shape": list(self.placement.shape),
             "placement": np.ascontiguousarray(self.placement, dtype="<i2").tobytes(),
             "joiners": list(self.joiners),
+            "is_planned": self.is_planned,
             "cause": self.cause,
             "published_at": self.published_at,
             "on_demand": np.ascontiguousarray(self.on_demand, dtype="<i2").tobytes(),
@@ -129,6 +133,7 @@ class ExpertMap:
                 members=members,
                 placement=placement.astype(np.int16),
                 joiners=tuple(RankId(int(r)) for r in raw.get("joiners", ())),  # type: ignore[attr-defined]
+                is_planned=bool(raw.get("is_planned", False)),
                 cause=str(raw["cause"]),
                 published_at=float(raw["published_at"]),  # type: ignore[arg-type]
                 on_demand=on_demand.reshape(width).astype(np.int16),

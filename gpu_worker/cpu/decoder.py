@@ -123,7 +123,7 @@ class Decoder:
             np.take(self._embedding_VH, batch.token_ids_T, axis=0, out=tokens.x_TH[:num_tokens])
         # Without MoE layers ranks exchange nothing, and each rank sleeps on its own.
         any_work: bool | None = None if self.spec.moe_layers else num_tokens > 0
-        any_tokens = num_tokens > 0
+        any_tokens, all_know_next = num_tokens > 0, False
         moe_layer = 0
         for attention, mlp in self._layers[: self.spec.num_layers]:
             if num_tokens:
@@ -134,12 +134,18 @@ class Decoder:
             dispatched = self._route(mlp, moe_layer, num_tokens, exchange)
             if any_work is None:
                 any_work, any_tokens = dispatched.any_work, dispatched.any_tokens
+                all_know_next = dispatched.all_know_next
                 if not any_tokens:
                     break
             self._run_experts(mlp, moe_layer, dispatched, num_tokens, exchange)
             moe_layer += 1
         logits_RV = self._logits(batch.logits_rows_R, self._final_norm_H, self._w_head)
-        return Forward(logits_RV=logits_RV, any_work=bool(any_work), any_tokens=any_tokens)
+        return Forward(
+            logits_RV=logits_RV,
+            any_work=bool(any_work),
+            any_tokens=any_tokens,
+            all_know_next=all_know_next,
+        )
 
     def draft(
         self,

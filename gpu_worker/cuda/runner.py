@@ -74,6 +74,7 @@ class CudaRunner:
     """Implements `engine.step_runner.StepRunner`. `mask` is None in an instance of one rank."""
 
     counts_across_epochs = True
+    adopts_together = False  # how joiners are admitted together is the graph barrier's
 
     def __init__(
         self,
@@ -154,7 +155,9 @@ class CudaRunner:
     def claim_ahead(self) -> bool:
         return self._barrier_driver.claim(ahead=True)
 
-    def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None:
+    def begin(
+        self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool, knows_next: bool = False
+    ) -> None:
         launched = self._decoder.launch(plan.batch, row_draws(plan.draws))
         self._steps_in_flight.append(_StepInFlight(plan, has_work, launched))
 

@@ -9,7 +9,12 @@ and no newer map is here. Then the hardware never pauses. If nothing is in fligh
     in no map yet, or behind it     sleeps until a newer map is here
     behind it for STRANDED_S        posts Stranded and returns
     a map that it may not adopt yet goes on under the old one, as far as the runner lets it
-    in a map that leaves us out     posts Fenced and returns
+    a planned map                   goes on under the old one until a step that all members began
+                                    knowing of it is committed: all adopt it then. At once if it is
+                                    asleep, held or behind, the map has waited long, or a later one
+                                    is in force
+    in a map that leaves us out     posts Fenced and returns. FAREWELL_S later, if it has taken its
+                                    last step with the others
     held                            posts Held; sleeps until a map newer than the hold is here
     awake                           runs the next step
       its peers moved on            abandons the plan; is behind its map
@@ -63,6 +68,9 @@ from shared.wire import Adoption, Cancel, Load, SessionTokens, Submit, Wake
 
 STRANDED_S = 30.0
 """A rank that is behind its map for so long leaves and restarts."""
+FAREWELL_S = 0.25
+"""For so long a rank that has taken its last step with the others stays: some may still be in that
+step, and would take it for dead."""
 _PARK_S = 1.0  # a bound on each wait; every reason to go on notifies the inbox
 _SEND_PENDING_S = 0.002  # between replicas of a parked engine; about as long as a step
 
@@ -118,6 +126,9 @@ class Engine:
         self._behind_since = 0.0
         self._held_epoch = Epoch(0)  # no map up to this one may be run under
         self._asleep = False
+        self._is_agreed = False  # all adopt the newest map now
+        self._agreed_at = 0.0
+        self._pads = False  # all run a step without tokens next
         self._in_flight: deque[StepPlan] = deque()  # begun and not ended
         self._last_wake = (Epoch(0), Step(0))
         self._adoptions = AdoptionLog()
@@ -159,6 +170,9 @@ class Engine:
                 self._end_step()
                 continue
             if self._is_fenced():
+                if (left_s := self._farewell_s()) > 0:
+                    self._monitor.park(left_s)
+                    continue
                 self._post(Fenced(epoch=self._newest_epoch()))
                 return
             if self._is_stranded():
@@ -228,7 +242,26 @@ class Engine:
     def _is_fenced(self) -> bool:
         """Whether the newest map leaves this rank out, after it was in an earlier one."""
         newest = self._newest
-        return self._epoch > 0 and newest is not None and not newest.expert_map.has(self._member)
+        return (
+            self._epoch > 0
+            and newest is not None
+            and not newest.expert_map.has(self._member)
+            and not self._waits_for_others()
+        )
+
+    def _farewell_s(self) -> float:
+        return self._agreed_at + FAREWELL_S - self._clock.now() if self._is_agreed else 0.0
+
+    def _waits_for_others(self) -> bool:
+        """Whether the newest map is a planned one of which some member may not know, and steps go
+        on meanwhile."""
+        newest = self._newest
+        if newest is None or newest.expert_map.epoch <= self._epoch or self._is_agreed:
+            return False
+        goes_on = self._epoch > self._held_epoch and not self._is_behind and not self._asleep
+        has_time = self._clock.now() < newest.waits_until
+        is_in_force = self._monitor.newest_epoch() > self._epoch  # it, or one before it
+        return goes_on and has_time and not is_in_force and self._runner.adopts_together
 
     def _is_stranded(self) -> bool:
         return self._is_behind and self._clock.now() > self._behind_since + STRANDED_S
@@ -237,7 +270,7 @@ class Engine:
         newest = self._newest
         if newest is None or newest.expert_map.epoch <= max(self._epoch, self._held_epoch):
             return
-        if not newest.expert_map.has(self._member):
+        if not newest.expert_map.has(self._member) or self._waits_for_others():
             return
         if not self._runner.prepare_to_adopt(newest.expert_map):
             return
@@ -255,8 +288,7 @@ class Engine:
             now=self._clock.now(),
             abandoned=self._is_behind,
         )
-        self._is_behind = False
-        self._asleep = False
+        self._is_behind = self._asleep = self._pads = self._is_agreed = False
         self._post(Adopted(expert_map=newest.expert_map, adoption=adoption))
 
     def _try_claim_step(self) -> bool:
@@ -276,7 +308,8 @@ class Engine:
     def _begin_step(self) -> None:
         has_work = self._scheduler.has_work
         self._scheduler.tenants_elsewhere = self._inbox.tenants
-        plan = self._scheduler.plan(self._clock.now())
+        scheduler = self._scheduler
+        plan = scheduler.plan_nothing() if self._pads else scheduler.plan(self._clock.now())
         self._monitor.beat(())
         self._begin(plan, has_work=has_work)
         if not self._runner.can_run_ahead_of(plan):
@@ -300,7 +333,8 @@ class Engine:
     def _begin(self, plan: StepPlan, *, has_work: bool) -> None:
         step = Step(self._step + len(self._in_flight))
         self._in_flight.append(plan)
-        self._runner.begin(self._epoch, step, plan, has_work=has_work)
+        knows_next = self._waits_for_others()
+        self._runner.begin(self._epoch, step, plan, has_work=has_work, knows_next=knows_next)
 
     def _end_step(self) -> None:
         """Waits for the first step in flight; commits or abandons it."""
@@ -310,6 +344,7 @@ class Engine:
             while self._in_flight:
                 self._scheduler.abandon(self._in_flight.pop())
             self._steps_abandoned += 1
+            self._pads = False
             self._fall_behind()
             return
         self._commit(self._in_flight.popleft(), result)
@@ -333,6 +368,8 @@ class Engine:
         self._post_tokens(committed.replies)
         self._set_step(self._step + 1)
         self._asleep = not result.any_work
+        self._pads = result.all_pad
+        self._is_agreed, self._agreed_at = result.all_may_adopt, self._clock.now()
         self._replicator.send_offered()
 
     def _post_tokens(self, replies: dict[Origin, list[SessionTokens]]) -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import structlog
 
+from gpu_worker.engine.adoption_patience import AdoptionPatience
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.grammar_matcher import Grammars
 from gpu_worker.engine.kv_replication import KvReplicator
@@ -117,6 +118,7 @@ class EngineClient:
         self._submitters: set[Origin] = set()  # connections that have sent sessions
         self._tenants: dict[Origin, frozenset[str]] = {}  # that have sessions in flight
         self._members: tuple[Member, ...] = ()  # of the newest map that was handed over
+        self._patience = AdoptionPatience(member)
         self._broken_links: set[Member] = set()
         self._known_epoch = Epoch(0)  # of the newest map or verdict that etcd has shown
         self._early_updates: dict[Member, GraphBarrierUpdate] = {}  # the last one of each peer
@@ -236,6 +238,12 @@ class EngineClient:
         """Perhaps the peer has died; a verdict decides. Until then no step is begun ahead."""
         self._broken_links.add(peer)
         self._update_may_run_ahead()
+        self.on_link_closed(peer)
+
+    def on_link_closed(self, peer: Member) -> None:
+        """If steps still run with the peer, none may be completed any more: nobody waits for it."""
+        if self._patience.steps_with(peer):
+            self._inbox.end_patience()
 
     def _update_may_run_ahead(self) -> None:
         self._inbox.may_run_ahead = self._broken_links.isdisjoint(self._members)
@@ -247,11 +255,14 @@ class EngineClient:
         self._on_epoch_known(expert_map.epoch)
 
     def adopt_map(self, expert_map: ExpertMap) -> None:
+        now, until = self._clock.now(), 0.0
+        if not self.counts_graphs:
+            until = self._patience.until(expert_map, self._broken_links, now)
         self._members = expert_map.members
         self._broken_links.intersection_update(self._members)
         self._update_may_run_ahead()
         self._on_epoch_known(expert_map.epoch)
-        self._inbox.put(NewMap(expert_map=expert_map, seen_at=self._clock.now()))
+        self._inbox.put(NewMap(expert_map=expert_map, seen_at=now, waits_until=until))
 
     def hold(self, epoch: Epoch) -> None:
         """Answered by the callback `held`."""
@@ -335,6 +346,7 @@ class EngineClient:
             case SendWake(epoch=epoch, step=step):
                 callbacks.send_wake(epoch, step)
             case Adopted(expert_map=expert_map, adoption=adoption):
+                self._patience.on_adopted(expert_map)
                 log.info("map_adopted", epoch=expert_map.epoch, abandoned=adoption.abandoned)
                 callbacks.adopted(expert_map, adoption)
             case Held(epoch=epoch):

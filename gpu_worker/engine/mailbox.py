@@ -39,10 +39,13 @@ class OrphanOrigin:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewMap:
     """A map that may be adopted: every member's link is open. `seen_at` is the `Clock.now()` at
-    which it was put here."""
+    which it was put here. Until `waits_until` further steps under the map before it are begun, so
+    that all can adopt it after the same one; 0: it does not wait, and the running step is
+    abandoned."""
 
     expert_map: ExpertMap
     seen_at: float
+    waits_until: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +105,10 @@ class Inbox:
         self, waiter: Waiter, *, arrivals_max: int = 256, arrival_tokens_max: int = 4_000_000
     ) -> None:
         self.newest_epoch = Epoch(0)
-        """The epoch of the newest NewMap, or the one after a Hold; later than any after a Stop.
-        Read without the lock, also while the engine waits for peers."""
+        """The epoch of the newest NewMap that does not wait, or the one after a Hold; later than
+        any after a Stop. Read without the lock, also while the engine waits for peers."""
+        self.waiting: NewMap | None = None
+        """The newest one that waits. Read without the lock."""
         self.may_run_ahead = True
         """Read without the lock. False while the link to a member of the map is broken: if it has
         died, every step in flight is thrown away and must first end, so one more is time lost."""
@@ -125,7 +130,9 @@ class Inbox:
             if not self._has_space(item):
                 return False
             self._items.append(item)
-            if isinstance(item, NewMap):
+            if isinstance(item, NewMap) and item.waits_until:
+                self.waiting = item
+            elif isinstance(item, NewMap):
                 self.newest_epoch = max(self.newest_epoch, item.expert_map.epoch)
             elif isinstance(item, Hold):
                 self.newest_epoch = max(self.newest_epoch, Epoch(item.epoch + 1))
@@ -145,6 +152,14 @@ class Inbox:
     def wait(self, timeout_s: float) -> None:
         """Blocks until something was put since the last `wait`, or for the timeout."""
         self._waiter.wait(timeout_s)
+
+    def end_patience(self) -> None:
+        """A NewMap that waits does so no longer. It is in force at once."""
+        with self._lock:
+            if self.waiting is not None:
+                self.newest_epoch = max(self.newest_epoch, self.waiting.expert_map.epoch)
+                self.waiting = None
+        self._waiter.notify()
 
     def notify(self) -> None:
         """Ends a `wait`: something outside of the inbox has changed."""

@@ -10,6 +10,11 @@ from gpu_worker.engine.step_timing import StepTiming
 from shared.clock import Clock
 from shared.types import Epoch, RankId, Step, SuspicionReason
 
+STEP_PATIENCE_S = 1.5
+"""A step that is still under way so long after a planned map has waited long enough is abandoned.
+It may be a long one. Or it waits for a rank that leaves and hangs, on which there is no verdict any
+more."""
+
 
 class EngineMonitor:
     """Written by the engine thread, read by the event loop. Each field is replaced whole, so no
@@ -49,6 +54,9 @@ class EngineMonitor:
         return max(0.0, (now - max(self._beat_at, self._cpu_at)) * 1000)
 
     def newest_epoch(self) -> Epoch:
+        waiting = self._inbox.waiting
+        if waiting is not None and self._clock.now() >= waiting.waits_until + STEP_PATIENCE_S:
+            self._inbox.end_patience()
         return self._inbox.newest_epoch
 
     def beat(self, waiting_for: Sequence[RankId]) -> None:

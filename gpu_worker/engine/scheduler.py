@@ -269,6 +269,13 @@ class Scheduler:
             self._stop_running(preempted)
         return self._fill_step(projected, growing, now)
 
+    def plan_nothing(self) -> StepPlan:
+        """A step without tokens."""
+        assert not self._plans, "a plan is in flight"
+        plan = build_plan((), self._kv, grown=(), admitted=())
+        self._plans.append(plan)
+        return plan
+
     def plan_ahead(self, now: float = 0.0) -> StepPlan | None:
         """The step after the one in flight, before that one's tokens are known. None if the plan
         depends on them, or if there is nothing to run."""

@@ -37,12 +37,13 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """Logits of the wanted rows. Whether any rank had work in this step, and whether any had
-    tokens: the same on every rank."""
+    """Logits of the wanted rows. Whether any rank had work in this step, whether any had tokens,
+    and whether all knew of a later map when they began it: the same on every rank."""
 
     logits_RV: NDArray[np.float32]
     any_work: bool
     any_tokens: bool
+    all_know_next: bool = False
 
 
 class Model(Protocol):

@@ -20,13 +20,16 @@ from shared.types import Epoch, Step
 
 class StepResult(NamedTuple):
     """`ids[i]` is the token of the plan's sampled sequence i, or `sampler.NO_TOKEN`. `any_work` is
-    false if all members sleep after this step; it is the same on every rank. `drafts[i]` is a guess
-    of what follows `ids[i]`."""
+    false if all members sleep after this step. `drafts[i]` is a guess of what follows `ids[i]`.
+    `all_may_adopt`: all know of the next map, and adopt it now; `all_pad`: they know, and do so
+    after one more step, without tokens. But for tokens and guesses it is the same on every rank."""
 
     ids: list[int]
     scores: StepScores
     any_work: bool
     drafts: Mapping[int, int] = NO_DRAFTS
+    all_may_adopt: bool = False
+    all_pad: bool = False
 
 
 class StepRunner(Protocol):
@@ -36,6 +39,12 @@ class StepRunner(Protocol):
     def counts_across_epochs(self) -> bool:
         """Whether step numbers go on from one map to the next. Ranks meet by counting then, and a
         Wake is valid in any epoch."""
+        ...
+
+    @property
+    def adopts_together(self) -> bool:
+        """Whether steps tell who knows of the next map, so that nobody need adopt a planned one
+        before all do."""
         ...
 
     def can_run_ahead_of(self, plan: StepPlan) -> bool:
@@ -73,8 +82,11 @@ class StepRunner(Protocol):
         joiner of a newer one. 0: it has not. Any thread may ask."""
         ...
 
-    def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None:
-        """Begins a step. A card computes it from now on, a CPU rank in `end`."""
+    def begin(
+        self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool, knows_next: bool = False
+    ) -> None:
+        """Begins a step. A card computes it from now on, a CPU rank in `end`. `knows_next`: a
+        planned map is here, which waits until all know of it."""
         ...
 
     def end(self) -> StepResult:
@@ -107,6 +119,10 @@ class ModelRunner:
         self._exchange = exchange
         self._plan: StepPlan | None = None
 
+    @property
+    def adopts_together(self) -> bool:
+        return self._model.num_moe_layers > 0
+
     def can_run_ahead_of(self, plan: StepPlan) -> bool:
         return False
 
@@ -130,9 +146,17 @@ class ModelRunner:
     def out_of_step(self) -> Epoch:
         return Epoch(0)
 
-    def begin(self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool) -> None:
+    def begin(
+        self, epoch: Epoch, step: Step, plan: StepPlan, *, has_work: bool, knows_next: bool = False
+    ) -> None:
         self._plan = plan
-        self._exchange.begin_step(epoch, step, num_tokens=plan.batch.num_tokens, has_work=has_work)
+        self._exchange.begin_step(
+            epoch,
+            step,
+            num_tokens=plan.batch.num_tokens,
+            has_work=has_work,
+            knows_next=knows_next,
+        )
 
     def end(self) -> StepResult:
         plan, self._plan = self._plan, None
@@ -140,7 +164,15 @@ class ModelRunner:
         forward = self._model.forward(plan.batch, self._exchange)
         ids = sample(forward.logits_RV, plan.draws)
         scores = score_step(plan, forward.logits_RV, ids)
-        if self._drafts is None or not forward.any_tokens:
-            return StepResult(ids, scores, forward.any_work)
-        drafts = draft_step(self._drafts, self._exchange, plan, ids)
-        return StepResult(ids, scores, forward.any_work, drafts)
+        drafts: Mapping[int, int] = NO_DRAFTS
+        if self._drafts is not None and forward.any_tokens:
+            drafts = draft_step(self._drafts, self._exchange, plan, ids)
+        all_know, may_change = forward.all_know_next, self._exchange.may_change_map
+        return StepResult(
+            ids,
+            scores,
+            forward.any_work,
+            drafts,
+            all_may_adopt=all_know and may_change,
+            all_pad=all_know and not may_change,
+        )

@@ -21,7 +21,7 @@ from gpu_worker.exchange.shared_words import has_stamp, ints_at, publish, words_
 from shared.types import Member
 
 _DISPATCH = int(ExchangePhase.DISPATCH)
-_HAS_WORK = 1
+_HAS_WORK, _KNOWS_NEXT = 1, 2
 _INCARNATION = 1  # in words of 8 bytes; the others in words of 4
 _RANK, _TOKENS, _ROWS, _PAIRS, _FLAGS, _HIDDEN = 4, 5, 6, 7, 8, 9
 
@@ -30,7 +30,7 @@ OWN = np.dtype(
         (name, np.int64)
         for name in (
             *("rank", "incarnation", "hidden_size", "step_tokens_max", "pairs_max", "num_slots"),
-            *("num_tokens", "has_work"),  # of the present step
+            *("num_tokens", "has_work", "knows_next"),  # of the present step
         )
     ]
 )
@@ -42,6 +42,7 @@ class Header(NamedTuple):
     num_rows: int
     num_pairs: int
     has_work: bool
+    knows_next: bool
 
 
 def own_record(member: Member, layout: MessageLayout) -> NDArray[np.void]:
@@ -76,7 +77,7 @@ def seal(
     ints[_TOKENS] = own.num_tokens
     ints[_ROWS] = num_rows
     ints[_PAIRS] = num_pairs
-    ints[_FLAGS] = _HAS_WORK if own.has_work else 0
+    ints[_FLAGS] = (_HAS_WORK if own.has_work else 0) | (_KNOWS_NEXT if own.knows_next else 0)
     ints[_HIDDEN] = own.hidden_size
     words[nbytes // STAMP_BYTES - 1] = stamp
     publish(head, stamp)
@@ -86,16 +87,17 @@ def seal(
 @njit(nogil=True, cache=True)
 def find_header(
     head: int, own_1: NDArray[np.void], phase: int, stamp: int, rank: int, incarnation: int
-) -> tuple[bool, int, int, int, bool]:
+) -> tuple[bool, int, int, int, bool, bool]:
     """Whether the message at `head` is complete and this sender wrote it under `stamp`; if so, the
     fields of its header, within their bounds."""
-    nothing = (False, 0, 0, 0, False)
+    nothing = (False, 0, 0, 0, False, False)
     if not has_stamp(head, stamp):
         return nothing
     own = own_1[0]
     ints = ints_at(head, HEADER_BYTES // 4)
     num_tokens, num_rows, num_pairs = ints[_TOKENS], ints[_ROWS], ints[_PAIRS]
     has_work = ints[_FLAGS] & _HAS_WORK != 0
+    knows_next = ints[_FLAGS] & _KNOWS_NEXT != 0
     if ints[_RANK] != rank or words_at(head, 2)[_INCARNATION] != incarnation:
         return nothing
     if ints[_HIDDEN] != own.hidden_size or not 0 <= num_tokens <= own.step_tokens_max:
@@ -106,7 +108,7 @@ def find_header(
     nbytes = message_bytes(phase, own.hidden_size, num_rows, num_pairs)
     if not has_stamp(head + nbytes - TAIL_BYTES, stamp):
         return nothing
-    return True, num_tokens, num_rows, num_pairs, has_work
+    return True, num_tokens, num_rows, num_pairs, has_work, knows_next
 
 
 def read_header(
@@ -117,7 +119,7 @@ def read_header(
     sender: Member,
 ) -> Header | None:
     """None if the message is not complete, or not this sender's under `stamp`."""
-    found, num_tokens, num_rows, num_pairs, has_work = find_header(
+    found, num_tokens, num_rows, num_pairs, has_work, knows_next = find_header(
         message_buffer.head, own_1, int(phase), stamp, sender.rank, sender.incarnation
     )
-    return Header(num_tokens, num_rows, num_pairs, has_work) if found else None
+    return Header(num_tokens, num_rows, num_pairs, has_work, knows_next) if found else None

@@ -25,6 +25,7 @@ class Dispatched(NamedTuple):
     slots_N: NDArray[np.int32]  # local slot of the layer
     any_tokens: bool  # some member has tokens in this step; the same answer on every rank
     any_work: bool  # some member had work when it began this step; the same answer on every rank
+    all_know_next: bool = False  # all knew of a later map then; likewise
 
 
 class StepMonitor(Protocol):
@@ -59,8 +60,18 @@ class Exchange(Protocol):
         member's link must be open."""
         ...
 
-    def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
-        """Sets what the step's dispatch messages will say. No I/O."""
+    def begin_step(
+        self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool, knows_next: bool = False
+    ) -> None:
+        """Sets what the step's dispatch messages will say. `knows_next`: a later map is here, which
+        all are to adopt after the same step. No I/O."""
+        ...
+
+    @property
+    def may_change_map(self) -> bool:
+        """Whether, after the step that was committed last, the first messages under another map
+        leave those alone that a slower peer may still have to read. The same on every rank; if not,
+        it is so after a step without tokens."""
         ...
 
     def dispatch(

@@ -14,7 +14,7 @@ class SingleRankExchange:
     """Implements `interface.Exchange` without peers, and therefore without epochs."""
 
     def __init__(self) -> None:
-        self._has_work = False
+        self._has_work = self._knows_next = False
         self._shape_TK = (0, 0)
         self._rows_N: NDArray[np.int32] = np.empty(0, dtype=np.int32)
 
@@ -23,8 +23,14 @@ class SingleRankExchange:
         is_whole = expert_map.num_ranks == 1 and (expert_map.placement == experts_E).all()
         assert is_whole, "the map is not that of a rank that holds every expert"
 
-    def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
-        self._has_work = has_work
+    def begin_step(
+        self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool, knows_next: bool = False
+    ) -> None:
+        self._has_work, self._knows_next = has_work, knows_next
+
+    @property
+    def may_change_map(self) -> bool:
+        return True
 
     def dispatch(
         self, layer: int, x_TH: NDArray[np.float32], experts_TK: NDArray[np.int32]
@@ -39,6 +45,7 @@ class SingleRankExchange:
             slots_N=experts_TK.reshape(-1),
             any_tokens=num_tokens > 0,
             any_work=self._has_work,
+            all_know_next=self._knows_next,
         )
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:

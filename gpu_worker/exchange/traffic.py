@@ -41,7 +41,8 @@ PEER = np.dtype(
             "bell_out",  # where this rank rings for it; 0: they go over a network
             "sent",  # bytes of the message that was built last, 0: none
             "found",  # address of the message that was found last; 0: none yet
-            *("num_tokens", "num_rows", "num_pairs", "has_work"),  # of its last dispatch
+            # Of its last dispatch:
+            *("num_tokens", "num_rows", "num_pairs", "has_work", "knows_next"),
         )
     ]
 )
@@ -175,13 +176,14 @@ def _find(
         head = head_PG[p, g]
         if head == 0:
             break
-        found, num_tokens, num_rows, num_pairs, has_work = find_header(
+        found, num_tokens, num_rows, num_pairs, has_work, knows_next = find_header(
             head, own_1, phase, stamp, peer.rank, peer.incarnation
         )
         if not found:
             continue
         if phase == _DISPATCH:
             peer.num_tokens, peer.has_work = num_tokens, has_work
+            peer.knows_next = knows_next
             peer.num_rows, peer.num_pairs = num_rows, num_pairs
         elif num_rows != counts_R2[peer.rank, 1]:
             continue
@@ -199,18 +201,20 @@ def missing_ranks(phase: int, peer_P: _Records, counts_R2: _Ints) -> list[int]:
 @njit(nogil=True, cache=True)
 def sum_dispatches(
     own_1: _Records, peer_P: _Records, counts_R2: _Ints
-) -> tuple[int, int, bool, bool]:
+) -> tuple[int, int, bool, bool, bool]:
     """Rows and pairs of all dispatches, this rank's own among them, and whether anybody has tokens,
-    and work."""
+    whether anybody has work, and whether all know of a later map."""
     own = own_1[0]
     num_rows, num_pairs = counts_R2[own.rank, 0], counts_R2[own.rank, 1]
     any_tokens, any_work = own.num_tokens > 0, own.has_work != 0
+    all_know_next = own.knows_next != 0
     for p in range(peer_P.size):
         num_rows += peer_P[p].num_rows
         num_pairs += peer_P[p].num_pairs
         any_tokens |= peer_P[p].num_tokens > 0
         any_work |= peer_P[p].has_work != 0
-    return num_rows, num_pairs, any_tokens, any_work
+        all_know_next &= peer_P[p].knows_next != 0
+    return num_rows, num_pairs, any_tokens, any_work, all_know_next
 
 
 @njit(nogil=True, cache=True)

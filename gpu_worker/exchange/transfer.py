@@ -101,14 +101,22 @@ class TransferExchange:
         while self._peers:
             self._peers.popitem()[1].close()
 
-    def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
+    def begin_step(
+        self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool, knows_next: bool = False
+    ) -> None:
         assert epoch == self._epoch, f"step of epoch {epoch} under the map of {self._epoch}"
         if num_tokens > self._layout.step_tokens_max:
             raise ValueError(f"{num_tokens} tokens exceed {self._layout.step_tokens_max} a step")
         self._step = step
         self._num_tokens = num_tokens
-        self._own_1[0]["num_tokens"], self._own_1[0]["has_work"] = num_tokens, has_work
+        own = self._own_1[0]
+        own["num_tokens"], own["has_work"], own["knows_next"] = num_tokens, has_work, knows_next
         self._wait_policy.begin_step(epoch, step)
+
+    @property
+    def may_change_map(self) -> bool:
+        """A new map's first messages go to the buffers of even ordinals."""
+        return self._ordinal % 2 == 1
 
     def dispatch(
         self, layer: int, x_TH: NDArray[np.float32], experts_TK: NDArray[np.int32]
@@ -126,7 +134,7 @@ class TransferExchange:
         traffic.write_dispatches(self._own_1, table.peer_P, heads_out_P, message.stamp, *routes)
         self._commit(message.buffer)
         self._receive(message)
-        num_rows, num_pairs, any_tokens, any_work = traffic.sum_dispatches(
+        num_rows, num_pairs, any_tokens, any_work, all_know_next = traffic.sum_dispatches(
             self._own_1, table.peer_P, r.counts_R2
         )
         self._reserve(num_rows, num_pairs)
@@ -142,6 +150,7 @@ class TransferExchange:
             slots_N=self._slots_N[:num_pairs],
             any_tokens=any_tokens,
             any_work=any_work,
+            all_know_next=all_know_next,
         )
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -231,7 +240,7 @@ class TransferExchange:
             if self._is_there(message, sleep_ns=_SLEEP_NS):
                 break
             if self._table.rings or backoff.wait_once():
-                self._maintain()
+                self._maintain(missing)
         self._wait_policy.end_wait()
 
     def _is_there(self, message: _Message, *, sleep_ns: int) -> bool:
@@ -258,13 +267,15 @@ class TransferExchange:
             missing = [peer for peer in missing if not is_done(peer)]
         self._wait_policy.end_wait()
 
-    def _maintain(self) -> None:
+    def _maintain(self, waiting_for: Sequence[int]) -> None:
+        """Raises StepAbandoned if one of these ranks has moved on. Others may have: they have sent
+        what this step needs of them."""
         for peer in self._table.peers:
             peer.maintain()
         self._table.update()
         for peer in self._table.peers:
             self._check(peer)
-            if peer.has_left(self._epoch):
+            if peer.rank in waiting_for and peer.has_left(self._epoch):
                 raise StepAbandoned(f"rank {peer.rank} has left epoch {self._epoch}")
 
     def _reserve(self, num_rows: int, num_pairs: int) -> None:

@@ -181,8 +181,10 @@ class MembershipDriver:
                 self._ask([peer])
 
     def send_wake(self, epoch: Epoch, step: Step) -> None:
-        """Tells all other members that this step has work."""
-        self._links.wake(self._other_members, epoch, step)
+        """Tells all other members that this step has work, also those that a newer map has not."""
+        running = self._membership.running_map
+        peers = {*self._other_members, *(running.members if running is not None else ())}
+        self._links.wake(sorted(peers - {self._membership.record.member}), epoch, step)
 
     def send_update(self, update: GraphBarrierUpdate, peers: Iterable[Member]) -> None:
         self._links.send(update, peers)
@@ -290,6 +292,7 @@ class MembershipDriver:
                     self._replication.keep(peer)
             case CloseLink(peer=peer):
                 self._links.close(peer)
+                self._engine.on_link_closed(peer)
                 if self._replication is not None:
                     self._replication.close(peer)
                 self._suspicions.forget(peer)

@@ -28,7 +28,8 @@ there (`_target`).
     slots loaded           residents again; AdoptMap, if a postponed map can be adopted now;
                            LoadSlots if the assignment has changed meanwhile
     map                    AnnounceMap; AdoptMap, or postponed; LoadSlots of what it says, if the
-                           slots do not hold it. Leave, if it says that this incarnation is dead
+                           slots do not hold it. Leave, if it says that this incarnation is dead. If
+                           it was planned without us, AdoptMap: the engine goes on until all know
     engine adopted a map   LoadSlots that waited for it
     engine held            LoadSlots that waited for it
     engine stopped         Leave
@@ -170,6 +171,11 @@ class RankMembership:
         return self._map
 
     @property
+    def running_map(self) -> ExpertMap | None:
+        """The newest map that the engine has adopted."""
+        return self._adopted
+
+    @property
     def peers(self) -> tuple[RankRecord, ...]:
         return tuple(self._peers.values())
 
@@ -274,6 +280,10 @@ class RankMembership:
                 *self._adopt_if_able(),
                 *self._load_if_needed(),
             ]
+        steps = self._adopted is not None and not self._peers_may_lag
+        if steps and expert_map.is_planned:
+            self._postponed_map, self._map = None, expert_map
+            return [*self._drop_gone(), AdoptMap(expert_map=expert_map)]
         successor = expert_map.incarnation_of(self._member.rank)
         if self._was_member or (successor or 0) > self._member.incarnation:
             return [Leave(reason=f"the map of epoch {expert_map.epoch} leaves this rank out")]
@@ -291,7 +301,8 @@ class RankMembership:
                 self._judged.add(member)
             return [AnnounceVerdict(peer=member, epoch=epoch)]
         if is_drained:
-            return [Leave(reason="it has been drained")]
+            # Where steps carry an epoch, the map that leaves it out says when: see `on_map`.
+            return [Leave(reason="it has been drained")] if self._peers_may_lag else []
         return [Leave(reason="the control plane declared this rank dead")]
 
     def on_told_to_leave(self) -> list[MembershipAction]:
@@ -354,6 +365,9 @@ class RankMembership:
             last = Epoch(newest_epoch - 1)
         if self._is_used_by_engine(differs) or self._may_be_used_by_peers(last):
             assert newest is not None, "an engine with a map, and no map"
+            is_adopting = newest.is_planned and newest is self._map and not self._peers_may_lag
+            if is_adopting and last < newest_epoch:
+                return []  # the engine adopts it soon, with the others
             return [HoldEngine(epoch=last)]
         self._loading = differs
         return [LoadSlots(wanted=target)]

@@ -34,6 +34,10 @@ class _ExpertDroppingExchange:
         self._dropped_TK: NDArray[np.bool_] = np.zeros((0, 0), dtype=np.bool_)
         self.adopt, self.begin_step = inner.adopt, inner.begin_step
 
+    @property
+    def may_change_map(self) -> bool:
+        return self._inner.may_change_map
+
     def dispatch(self, layer: int, x_TH: Floats, experts_TK: NDArray[np.int32]) -> Dispatched:
         self._dropped_TK = np.isin(experts_TK, self._missing)
         return self._inner.dispatch(layer, x_TH, experts_TK)

@@ -3,6 +3,7 @@ back by cuts and lost with their sender, its waits parked on virtual time."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Protocol
 
 from shared.types import Member
@@ -32,6 +33,7 @@ class SimHub(LocalHub):
         self._process_of: dict[Member, SimProcess] = {}
         self._host_of: dict[SimProcess, ExchangeHost] = {}
         self._held: list[tuple[Member, Member, Any, Any]] = []
+        self._num_under_way: Counter[tuple[Member, Member]] = Counter()
 
     def attach(self, member: Member, process: SimProcess, host: ExchangeHost) -> None:
         self._process_of[member] = process
@@ -61,7 +63,11 @@ class SimHub(LocalHub):
         late_s = self._network.latency_s()
         if self._network.rng.random() < SLOW_MESSAGES:
             late_s += self._network.rng.uniform(0.005, 0.2)
+        self._num_under_way[source, target] += 1
         self._network.loop.call_later(late_s, self._deliver, source, target, place, message)
+
+    def is_under_way(self, source: Member, target: Member) -> bool:
+        return self._num_under_way[source, target] > 0
 
     def heal(self) -> None:
         """A write that was under way when the link was cut lands late: stale, to be ignored."""
@@ -70,7 +76,10 @@ class SimHub(LocalHub):
             self.send(*each)
 
     def _deliver(self, source: Member, target: Member, place: Any, message: Any) -> None:
+        self._num_under_way[source, target] -= 1
         receiver = self._process_of.get(target)
         if receiver is not None and not receiver.dead:
+            if self.holds_later(source, target, place):
+                return  # a buffer is written again only once the write before has ended
             LocalHub.send(self, source, target, place, message)
             self._host_of[receiver].arrived()

@@ -85,11 +85,12 @@ class SimModel:
 
     def forward(self, batch: StepBatch, exchange: Exchange) -> Forward:
         values_T = self._attend(batch)
-        any_work = any_tokens = False
+        any_work = any_tokens = all_know_next = False
         for layer in range(NUM_LAYERS):
             x_TH = np.stack([values_T, values_T], axis=1).astype(np.float32)
             sent = exchange.dispatch(layer, x_TH, _chosen(values_T, layer))
             any_work, any_tokens = sent.any_work, sent.any_tokens
+            all_know_next = sent.all_know_next
             if not sent.any_tokens:
                 break
             y_TKH = exchange.combine(
@@ -98,7 +99,12 @@ class SimModel:
             weighted = y_TKH[:, :, 0].astype(np.int64) * np.arange(1, TOP_K + 1)
             values_T = (values_T + weighted.sum(axis=1)) % PRIME
         logits_RV = self._logits(values_T[batch.logits_rows_R])
-        return Forward(logits_RV=logits_RV, any_work=any_work, any_tokens=any_tokens)
+        return Forward(
+            logits_RV=logits_RV,
+            any_work=any_work,
+            any_tokens=any_tokens,
+            all_know_next=all_know_next,
+        )
 
     def draft(
         self,

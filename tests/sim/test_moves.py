@@ -11,10 +11,13 @@ from msgspec.structs import replace
 
 from gateway.stream_session import StreamSession
 from gpu_worker.engine import scheduler
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.engine_client import EngineClient
+from gpu_worker.membership.rank_membership import Leave, RankMembership
 from shared.codec import pack
 from shared.desired_state import DesiredState, Drain
 from shared.types import RankId, SamplingParams
-from shared.wire import SessionTokens
+from shared.wire import SessionTokens, StatusQuery, StatusReply
 from tests.sim.cluster import ClientSession, SimCluster, SimClusterSizes
 from tests.sim.schedules import check_sessions, run_scenario
 from tests.sim.sim_card import CardSizes
@@ -55,6 +58,96 @@ def test_a_drained_ranks_sessions_move_and_wait_for_nothing(
         assert max(s.longest_gap_s for s in there) <= 2 * usual_s + 0.02
 
     run_scenario(scenario, seed, sizes)
+
+
+DRAFTS = pytest.mark.parametrize("drafts", [False, True], ids=["", "drafts"])
+
+
+@DRAFTS
+@pytest.mark.parametrize("seed", range(3))
+def test_no_step_is_thrown_away_for_a_rank_that_leaves_or_comes_back(
+    seed: int, drafts: bool
+) -> None:
+    assert steps_thrown_away(seed, drafts=drafts) == 0
+
+
+def test_no_step_is_thrown_away_for_a_rank_that_hears_late_of_a_map(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    have_rank_3_hear_late(monkeypatch)
+    assert steps_thrown_away(0) == 0
+
+
+def have_rank_3_hear_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    adopt = EngineClient.adopt_map
+
+    def adopt_late(self, expert_map):  # type: ignore[no-untyped-def]
+        late_s = 0.2 if self._member.rank == 3 else 0.0
+        asyncio.get_running_loop().call_later(late_s, adopt, self, expert_map)
+
+    monkeypatch.setattr(EngineClient, "adopt_map", adopt_late)
+
+
+@DRAFTS
+def test_ranks_that_adopt_a_planned_map_on_their_own_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, drafts: bool
+) -> None:
+    monkeypatch.setattr(Engine, "_waits_for_others", lambda _: False)
+    assert any(steps_thrown_away(seed, drafts=drafts) for seed in range(3))
+
+
+def test_ranks_that_agree_although_one_does_not_know_are_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    have_rank_3_hear_late(monkeypatch)
+    monkeypatch.setattr("tests.support.local_exchange.all", any, raising=False)
+    assert steps_thrown_away(0)
+
+
+def test_a_leaver_that_does_not_take_the_last_step_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def leave(self, member, epoch, *, is_drained=False):  # type: ignore[no-untyped-def]
+        is_own = member == self.record.member
+        return [Leave(reason="drained")] if is_own else on_verdict(self, member, epoch)
+
+    on_verdict = RankMembership.on_verdict
+    monkeypatch.setattr(RankMembership, "on_verdict", leave)
+    assert any(steps_thrown_away(seed) for seed in range(3))
+
+
+def steps_thrown_away(seed: int, *, drafts: bool = False) -> int:
+    """By ranks 0, 2 and 3, while rank 1 is drained and taken back."""
+    thrown_away: list[int] = []
+
+    async def scenario(cluster: SimCluster) -> None:
+        for first in range(8):
+            cluster.send((first, *range(10)), 2 * NUM_TOKENS)
+        sessions = [session_of(client) for client in cluster.clients]
+        await cluster.until(lambda: min(len(s.emitted) for s in sessions) > 10, 20.0)
+        drain = Drain(rank=RankId(1), requested_at=cluster.clock.wall(), grace_s=0.05)
+        for drains in ((drain,), ()):
+            desired = DesiredState(drains=drains)
+            await cluster.store("host-plane-0").put(cluster.keys.desired, pack(desired))
+            wanted = {rank for rank in range(4) if not drains or rank != 1}
+            await cluster.until(lambda wanted=wanted: ranks_in_map(cluster) == wanted, 20.0)
+        assert not cluster.all_ended(), "the sessions ended too soon to notice anything"
+        thrown_away.extend(status_of(cluster, rank).steps_abandoned for rank in (0, 2, 3))
+        await cluster.until(cluster.all_ended, 120.0)
+        check_sessions(cluster)
+
+    run_scenario(scenario, seed, SimClusterSizes(drafts=drafts))
+    return sum(thrown_away)
+
+
+def ranks_in_map(cluster: SimCluster) -> set[int]:
+    return {member.rank for member in cluster.gateway.view.members}
+
+
+def status_of(cluster: SimCluster, rank: int) -> StatusReply:
+    member = cluster.agents[rank].member
+    assert member is not None
+    return cluster.ranks[member]._rank._engine.status(StatusQuery(nonce=1))
 
 
 def session_of(client: ClientSession) -> StreamSession:

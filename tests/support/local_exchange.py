@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.exchange.interface import Dispatched, StepMonitor
+from gpu_worker.exchange.message import ExchangePhase, message_buffer_index
 from gpu_worker.exchange.replica_policy import ReplicaChoice, choose_replicas
 from gpu_worker.exchange.wait_policy import WaitPolicy
 from shared.clock import Clock
@@ -23,12 +24,19 @@ _PARK_S = 0.001
 
 
 class _Place(NamedTuple):
-    """The exchange that a message belongs to. Ordered by epoch first."""
+    """The exchange that a message belongs to. Ordered by epoch first. `ordinal` counts the
+    exchanges of the epoch."""
 
     epoch: Epoch
     step: Step
     layer: int
     is_combine: bool
+    ordinal: int
+
+    @property
+    def buffer(self) -> int:
+        phase = ExchangePhase.COMBINE if self.is_combine else ExchangePhase.DISPATCH
+        return message_buffer_index(phase, self.ordinal)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +48,19 @@ class _Message:
     pair_slots: NDArray[np.int32]
     num_tokens: int = 0
     has_work: bool = False
+    knows_next: bool = False
 
 
 class LocalHub:
-    """The common memory of all ranks."""
+    """The common memory of all ranks. From one to another there are as many message buffers as in a
+    region: what is not taken before the next message comes into its buffer is lost."""
 
     def __init__(self, num_ranks: int, hidden_size: int, top_k: int) -> None:
         self.num_ranks = num_ranks
         self.hidden_size = hidden_size
         self.top_k = top_k
         self._sent = threading.Condition()
-        self._mailboxes: dict[tuple[Member, Member], dict[_Place, _Message]] = {}
+        self._buffers: dict[tuple[Member, Member], dict[int, tuple[_Place, _Message]]] = {}
 
     def exchange(
         self, member: Member, monitor: StepMonitor, clock: Clock, exchange_deadline_ms: float
@@ -59,23 +69,28 @@ class LocalHub:
 
     def send(self, source: Member, target: Member, place: _Place, message: _Message) -> None:
         with self._sent:
-            self._mailboxes.setdefault((source, target), {})[place] = message
+            self._buffers.setdefault((source, target), {})[place.buffer] = (place, message)
             self._sent.notify_all()
+
+    def holds_later(self, source: Member, target: Member, place: _Place) -> bool:
+        """Whether a later message is in the buffer of that place."""
+        found, _ = self._buffers.get((source, target), {}).get(place.buffer, (None, None))
+        return found is not None and found > place
 
     def take(self, source: Member, target: Member, place: _Place) -> _Message | None:
         """Raises StepAbandoned if the source has moved on to a later epoch."""
         with self._sent:
-            box = self._mailboxes.get((source, target), {})
-            message = box.pop(place, None)
-            if message is None and any(other.epoch > place.epoch for other in box):
+            buffers = self._buffers.get((source, target), {})
+            found, message = buffers.get(place.buffer, (None, None))
+            if found == place:
+                return message
+            if any(other.epoch > place.epoch for other, _ in buffers.values()):
                 raise StepAbandoned(f"rank {source.rank} has left epoch {place.epoch}")
-            return message
+            return None
 
-    def forget_sender(self, source: Member) -> None:
-        """Drops messages of `source` that nobody has taken."""
-        with self._sent:
-            for key in [key for key in self._mailboxes if key[0] == source]:
-                del self._mailboxes[key]
+    def is_under_way(self, source: Member, target: Member) -> bool:
+        """Whether a message has not arrived yet."""
+        return False
 
     def park(self) -> None:
         """Waits a moment for new messages. Called without the lock."""
@@ -92,22 +107,32 @@ class LocalExchange:
         self._wait_policy = wait_policy
         self._members: list[Member] = []
         self._choice: ReplicaChoice | None = None
-        self._place = _Place(Epoch(0), Step(0), 0, False)
+        self._place = _Place(Epoch(0), Step(0), 0, False, -1)
         self._num_tokens = 0
-        self._has_work = False
+        self._has_work = self._knows_next = False
         self._pairs_of: dict[RankId, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._num_received: list[int] = []
 
     def adopt(self, expert_map: ExpertMap) -> None:
+        """Waits until no message of an earlier epoch is under way to a member. Raises
+        StepAbandoned."""
         assert expert_map.has(self._member), f"{self._member} is no member of the map"
-        self._hub.forget_sender(self._member)
+        self._wait_policy.begin_step(expert_map.epoch, Step(0))
+        self._drain(sorted(expert_map.members))
+        self._place = _Place(expert_map.epoch, Step(0), 0, False, -1)
         self._members = sorted(expert_map.members)
         self._choice = choose_replicas(expert_map, self._member.rank)
 
-    def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
-        self._place = _Place(epoch, step, 0, False)
+    @property
+    def may_change_map(self) -> bool:
+        return self._place.ordinal % 2 == 1
+
+    def begin_step(
+        self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool, knows_next: bool = False
+    ) -> None:
+        self._place = _Place(epoch, step, 0, False, self._place.ordinal)
         self._num_tokens = num_tokens
-        self._has_work = has_work
+        self._has_work, self._knows_next = has_work, knows_next
         self._wait_policy.begin_step(epoch, step)
 
     def dispatch(
@@ -115,7 +140,8 @@ class LocalExchange:
     ) -> Dispatched:
         assert self._choice is not None, "dispatch before adopt"
         self._wait_policy.check_epoch()
-        self._place = self._place._replace(layer=layer, is_combine=False)
+        ordinal = self._place.ordinal + 1
+        self._place = self._place._replace(layer=layer, is_combine=False, ordinal=ordinal)
         turn_T1 = np.arange(len(experts_TK))[:, None] % self._choice.rank_LUE.shape[1]
         rank_TK = self._choice.rank_LUE[layer][turn_T1, experts_TK]
         slot_TK = self._choice.slot_LUE[layer][turn_T1, experts_TK]
@@ -129,6 +155,7 @@ class LocalExchange:
                 pair_slots=slot_TK[token_N, k_N],
                 num_tokens=self._num_tokens,
                 has_work=self._has_work,
+                knows_next=self._knows_next,
             )
             self._hub.send(self._member, member, self._place, message)
         received = self._receive(self._members)
@@ -142,6 +169,7 @@ class LocalExchange:
             slots_N=np.concatenate([m.pair_slots for m in received]),
             any_tokens=any(m.num_tokens > 0 for m in received),
             any_work=any(m.has_work for m in received),
+            all_know_next=all(m.knows_next for m in received),
         )
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -163,19 +191,25 @@ class LocalExchange:
             y_TKH[self._pairs_of[member.rank]] = message.rows_NH
         return y_TKH
 
+    def _drain(self, targets: list[Member]) -> None:
+        self._wait_policy.begin_wait()
+        while late := [m.rank for m in targets if self._hub.is_under_way(self._member, m)]:
+            self._wait_policy.watch(late)
+            self._hub.park()
+        self._wait_policy.end_wait()
+
     def _receive(self, sources: list[Member]) -> list[_Message]:
         """One message of the current exchange from each source. Raises StepAbandoned."""
         self._wait_policy.begin_wait()
-        found: dict[RankId, _Message] = {}
+        missing = list(sources)
         while True:
-            for source in sources:
-                if source.rank not in found:
-                    message = self._hub.take(source, self._member, self._place)
-                    if message is not None:
-                        found[source.rank] = message
-            missing = [s.rank for s in sources if s.rank not in found]
+            missing = [s for s in missing if self._hub.take(s, self._member, self._place) is None]
             if not missing:
-                self._wait_policy.end_wait()
-                return [found[s.rank] for s in sources]
-            self._wait_policy.watch(missing)
+                break
+            self._wait_policy.watch([source.rank for source in missing])
             self._hub.park()
+        self._wait_policy.end_wait()
+        # They are read once all are there. Until then those of the first ones must stay.
+        found = [self._hub.take(source, self._member, self._place) for source in sources]
+        assert None not in found, "a message was overwritten within its epoch"
+        return [message for message in found if message is not None]

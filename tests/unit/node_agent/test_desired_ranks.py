@@ -90,6 +90,18 @@ def test_a_rank_that_shall_not_run_here_ends_when_it_serves_no_more() -> None:
     assert orders(view_of(desired, serving=(member(0),)), process(1, 2, 4)).ended == (1,)
 
 
+def test_who_has_just_left_the_map_steps_with_the_others_as_long_as_it_has_its_record() -> None:
+    desired = desired_of({0: "n"}, drain(1, AfterDrain.LEAVE))
+    served = {member(0): "n", member(1, 3): "n"}
+    view = view_of(desired, serving=(member(0), member(1, 3)), records=served)
+    without = WatchEvent(key=KEYS.map, value=map_of(member(0)), mod_revision=9)
+    view.apply(Changes(events=(without,), synced=True))
+    assert orders(view, process(1, 2, 3)).ended == ()
+    gone = WatchEvent(key=KEYS.rank(RankId(1), Incarnation(3)), value=None, mod_revision=10)
+    view.apply(Changes(events=(gone,), synced=True))
+    assert orders(view, process(1, 2, 3)).ended == (1,)
+
+
 def test_a_rank_starts_only_once_it_runs_nowhere_else() -> None:
     desired = desired_of({0: "n", 1: "n"}, drain(1, AfterDrain.LEAVE))
     assert orders(view_of(desired, records={member(1): "m"})).wanted == {0}

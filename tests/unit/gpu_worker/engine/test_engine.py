@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpu_worker.engine.engine import STRANDED_S, Engine
+from gpu_worker.engine.engine import FAREWELL_S, STRANDED_S, Engine
 from gpu_worker.engine.kv_replication import KvReplicator
 from gpu_worker.engine.mailbox import (
     Adopted,
@@ -27,7 +27,7 @@ from gpu_worker.engine.mailbox import (
     Suspect,
     ThreadWaiter,
 )
-from gpu_worker.engine.monitor import EngineMonitor
+from gpu_worker.engine.monitor import STEP_PATIENCE_S, EngineMonitor
 from gpu_worker.engine.sequence import Origin
 from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.exchange.interface import Dispatched
@@ -86,14 +86,20 @@ class OneRankExchange:
         self.adopted: list[Epoch] = []
         self.begun: list[tuple[Epoch, Step, int, bool]] = []
         self.peers_have_work = False
+        self.peers_know_next = False
+        self.knew_next: list[bool] = []  # of each step that was begun
+        self.may_change_map = True
         self.on_dispatch: Callable[[], None] = lambda: None
 
     def adopt(self, expert_map: ExpertMap) -> None:
         assert expert_map.has(ME)
         self.adopted.append(expert_map.epoch)
 
-    def begin_step(self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool) -> None:
+    def begin_step(
+        self, epoch: Epoch, step: Step, *, num_tokens: int, has_work: bool, knows_next: bool = False
+    ) -> None:
         self.begun.append((epoch, step, num_tokens, has_work))
+        self.knew_next.append(knows_next)
 
     def dispatch(
         self, layer: int, x_TH: NDArray[np.float32], experts_TK: NDArray[np.int32]
@@ -109,6 +115,7 @@ class OneRankExchange:
             np.zeros_like(rows_N),
             num_tokens > 0 or self.peers_have_work,
             has_work or self.peers_have_work,
+            self.knew_next[-1] and self.peers_know_next,
         )
 
     def combine(self, layer: int, y_NH: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -150,14 +157,16 @@ class Rank:
     def submit(self, request: Submit, number: int = 1) -> None:
         assert self.inbox.put(Arrival(origin=origin(number), submit=request))
 
-    def new_map(self, epoch: int, *members: Member) -> None:
+    def new_map(self, epoch: int, *members: Member, waits_s: float = 0.0) -> None:
         expert_map = ExpertMap(
             epoch=Epoch(epoch),
             num_experts=1,
             members=members or (ME,),
             placement=np.zeros((1, 2, 1), dtype=np.int16),
         )
-        self.inbox.put(NewMap(expert_map=expert_map, seen_at=self.clock.now()))
+        now = self.clock.now()
+        waits_until = now + waits_s if waits_s else 0.0
+        self.inbox.put(NewMap(expert_map=expert_map, seen_at=now, waits_until=waits_until))
 
     def wake(self, epoch: int, step: int) -> None:
         self.inbox.put(
@@ -271,6 +280,120 @@ def test_only_the_newest_map_is_adopted(member: Rank) -> None:
     member.until_asleep()
     assert 3 not in member.exchange.adopted
     assert member.exchange.begun[-1][:2] == (5, 0)
+
+
+# a planned map
+
+
+def test_a_planned_map_is_adopted_after_the_step_in_which_all_know_of_it(member: Rank) -> None:
+    exchange = member.exchange
+
+    def on_dispatch() -> None:
+        if len(exchange.begun) == 3:
+            member.new_map(2, waits_s=1.0)
+        exchange.peers_know_next = len(exchange.begun) >= 5
+        exchange.may_change_map = len(exchange.begun) != 5
+
+    exchange.on_dispatch = on_dispatch
+    request = submit(max_tokens=12)
+    member.submit(request)
+    assert member.tokens_of("s") == expected(request)
+    member.until_asleep()
+    epochs = [epoch for epoch, *_ in exchange.begun]
+    assert epochs[:6] == [1] * 6
+    assert set(epochs[6:]) == {2}
+    assert exchange.begun[5][2] == 0, "a step without tokens, as the exchange could not change yet"
+    assert exchange.knew_next[:7] == [False, False, False, True, True, True, False]
+    snapshot = member.engine.snapshot()
+    assert snapshot.steps_abandoned == 0
+    assert not snapshot.adoptions[-1].abandoned
+
+
+@pytest.mark.parametrize(
+    ("cause", "num_abandoned"), [("time", 0), ("much time", 1), ("link", 1), ("death", 1)]
+)
+def test_a_planned_map_waits_no_longer_than_it_may(
+    member: Rank, cause: str, num_abandoned: int
+) -> None:
+    """A long step is ended and counts, though some peer does not know of the map by then."""
+
+    def on_dispatch() -> None:
+        if len(member.exchange.begun) == 3:
+            member.new_map(2, waits_s=1.0)
+        if len(member.exchange.begun) == 5:
+            if cause.endswith("time"):
+                member.clock.time += 1.5 if cause == "time" else 1.1 + STEP_PATIENCE_S
+            elif cause == "link":
+                member.inbox.end_patience()
+            else:
+                member.new_map(3)
+
+    member.exchange.on_dispatch = on_dispatch
+    request = submit(max_tokens=12)
+    member.submit(request)
+    assert member.tokens_of("s") == expected(request)
+    epoch = 3 if cause == "death" else 2
+    assert [epoch for epoch, *_ in member.exchange.begun][4:6] == [1, epoch]
+    assert member.engine.snapshot().steps_abandoned == num_abandoned
+
+
+def test_a_planned_map_does_not_wait_behind_one_that_is_in_force(member: Rank) -> None:
+    def on_dispatch() -> None:
+        if len(member.exchange.begun) == 3:
+            member.new_map(2)
+            member.new_map(3, waits_s=1.0)
+
+    member.exchange.on_dispatch = on_dispatch
+    request = submit(max_tokens=12)
+    member.submit(request)
+    assert member.tokens_of("s") == expected(request)
+    assert [epoch for epoch, *_ in member.exchange.begun][2:4] == [1, 3]
+    assert member.engine.snapshot().steps_abandoned == 1
+
+
+def test_who_has_agreed_to_adopt_does_not_wait_for_a_newer_map(member: Rank) -> None:
+    """The others have moved on."""
+
+    def on_dispatch() -> None:
+        if len(member.exchange.begun) == 3:
+            member.new_map(2, waits_s=1.0)
+        if len(member.exchange.begun) == 4:
+            member.exchange.peers_know_next = True
+            member.new_map(3, waits_s=1.0)
+
+    member.exchange.on_dispatch = on_dispatch
+    request = submit(max_tokens=12)
+    member.submit(request)
+    assert member.tokens_of("s") == expected(request)
+    assert [epoch for epoch, *_ in member.exchange.begun][3:5] == [1, 3]
+    assert member.engine.snapshot().steps_abandoned == 0
+
+
+def test_who_sleeps_adopts_a_planned_map_at_once(member: Rank) -> None:
+    member.new_map(2, waits_s=1.0)
+    assert isinstance(member.event(), Adopted)
+
+
+def test_who_leaves_steps_with_the_others_until_all_know(member: Rank) -> None:
+    def on_dispatch() -> None:
+        if len(member.exchange.begun) == 3:
+            member.new_map(2, PEER, waits_s=1.0)
+        member.exchange.peers_know_next = len(member.exchange.begun) >= 6
+
+    member.exchange.on_dispatch = on_dispatch
+    member.exchange.peers_have_work = True
+    member.wake(1, 1)
+    while len(member.exchange.begun) < 6:
+        threading.Event().wait(0.001)
+    member.until_asleep()
+    assert not any(isinstance(e, Fenced) for e in member.events.queue), "some may be in that step"
+    member.clock.time += FAREWELL_S
+    member.inbox.notify()
+    while not isinstance(event := member.event(), Fenced):
+        pass
+    assert event == Fenced(epoch=Epoch(2))
+    assert len(member.exchange.begun) == 6
+    assert member.engine.snapshot().steps_abandoned == 0
 
 
 # a step that does not take place

@@ -120,6 +120,7 @@ class ToyModel:
             logits_RV=self.logits(batch),
             any_work=dispatched.any_work,
             any_tokens=dispatched.any_tokens,
+            all_know_next=dispatched.all_know_next,
         )
 
     def draft(

@@ -54,6 +54,7 @@ def seal(
 ) -> int:
     own_1 = own_record(SENDER, LAYOUT)
     own_1[0]["num_tokens"], own_1[0]["has_work"] = header.num_tokens, header.has_work
+    own_1[0]["knows_next"] = header.knows_next
     head = message_buffer.head
     return headers.seal(head, own_1, int(phase), stamp, header.num_rows, header.num_pairs)
 
@@ -108,7 +109,7 @@ def written(
         rows,
         pairs,
     )
-    header = Header(num_tokens, rows, pairs, True)
+    header = Header(num_tokens, rows, pairs, True, False)
     return (
         message_buffer,
         x_TH,
@@ -196,7 +197,7 @@ def test_a_prefix_of_a_message_is_not_a_message(
     if data.draw(st.booleans()):  # over the remains of an older message
         arrived.bytes[:] = written(LAYOUT.step_tokens_max, seed + 7)[0].bytes
         older = make_stamp(Epoch(3), Step(3), 5, ExchangePhase.DISPATCH)
-        header = Header(LAYOUT.step_tokens_max, 1, 1, True)
+        header = Header(LAYOUT.step_tokens_max, 1, 1, True, False)
         seal(arrived, ExchangePhase.DISPATCH, older, header)
         stamps_of(arrived)[nbytes // 8 - 1] = older
     cut = data.draw(st.integers(0, nbytes - 1))
@@ -214,8 +215,8 @@ def test_a_message_whose_writer_stopped_in_the_middle_is_none(begun_again: bool)
     begin_write(message_buffer.head)
     assert read_header(message_buffer) is None
     assert read_header(message_buffer, older) is None
-    seal(message_buffer, ExchangePhase.DISPATCH, STAMP, Header(3, 1, 1, True))
-    assert read_header(message_buffer) == Header(3, 1, 1, True)
+    seal(message_buffer, ExchangePhase.DISPATCH, STAMP, Header(3, 1, 1, True, True))
+    assert read_header(message_buffer) == Header(3, 1, 1, True, True)
 
 
 def test_a_message_of_another_sender_incarnation_step_layer_or_phase_is_not_ours() -> None:
@@ -246,7 +247,7 @@ def test_any_bytes_at_all_are_read_within_bounds(seed: int, num_bytes: int, seal
     message_buffer.bytes[:] = noise
     if sealed:  # foreign contents between stamps that fit
         pairs = seed % (LAYOUT.pairs_max + 1)
-        header = Header(LAYOUT.step_tokens_max, min(pairs, 5), pairs, False)
+        header = Header(LAYOUT.step_tokens_max, min(pairs, 5), pairs, False, True)
         seal(message_buffer, ExchangePhase.DISPATCH, STAMP, header)
     found = read_header(message_buffer)
     assert (found is not None) == sealed
@@ -286,7 +287,7 @@ def test_a_combine_arrives_whole(num_rows: int) -> None:
     rows_NH = body_of(message_buffer, num_rows, 0)[1]
     rows_NH[:] = y_NH
     stamp = make_stamp(Epoch(1), Step(0), 0, ExchangePhase.COMBINE)
-    header = Header(0, num_rows, num_rows, False)
+    header = Header(0, num_rows, num_rows, False, False)
     seal(message_buffer, ExchangePhase.COMBINE, stamp, header)
     assert read_header(message_buffer, stamp, phase=ExchangePhase.COMBINE) == header
     assert (rows_NH == y_NH).all()

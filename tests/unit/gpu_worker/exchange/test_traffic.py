@@ -87,7 +87,7 @@ class End:
         )
 
     def read_dispatch(self) -> tuple[int, NDArray[np.float32]]:
-        num_rows, num_pairs, _, _ = traffic.sum_dispatches(
+        num_rows, num_pairs, _, _, _ = traffic.sum_dispatches(
             self.own_1, self.peer_P, self.routes.counts_R2
         )
         x_MH = np.zeros((num_rows, LAYOUT.hidden_size), dtype=np.float32)

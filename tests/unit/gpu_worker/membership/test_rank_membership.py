@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -186,6 +187,16 @@ def test_a_slot_that_the_engine_may_still_use_is_not_overwritten() -> None:
     refill = SlotContents.of(member(0), wanted(0, 0, -1, -1), epoch=2)
     assert it.on_assignment(refill) == []  # its map is not here yet
     assert HoldEngine(epoch=Epoch(1)) in it.on_map(second)
+    (load,) = it.on_adopted(second)
+    assert isinstance(load, LoadSlots)
+
+
+def test_a_slot_that_a_planned_map_empties_is_loaded_once_the_engine_has_adopted_it() -> None:
+    it = serving(0, 1, -1, -1)
+    second = replace(map_of(2, 0, -1, -1, -1), is_planned=True)
+    assert it.on_map(second) == announced_and_adopted(second)
+    refill = SlotContents.of(member(0), wanted(0, 0, -1, -1), epoch=2)
+    assert it.on_assignment(refill) == []
     (load,) = it.on_adopted(second)
     assert isinstance(load, LoadSlots)
 
@@ -461,10 +472,41 @@ def test_a_member_whose_record_comes_back_was_never_gone() -> None:
     assert all(not isinstance(a, CloseLink) for a in it.on_map(expert_map(2, member(0))))
 
 
-def test_a_rank_that_was_told_to_end_says_so_and_leaves_once_it_is_drained() -> None:
-    it = membership()
-    (put,) = it.on_told_to_leave()
+def test_a_rank_that_was_told_to_end_says_so() -> None:
+    (put,) = membership().on_told_to_leave()
     assert isinstance(put, PutRecord)
     assert put.record.leaving
+
+
+def test_a_drained_rank_that_counts_graphs_leaves_at_its_verdict() -> None:
+    it = serving(0, 1, -1, -1, peers_may_lag=True)
     (leave,) = it.on_verdict(member(0), Epoch(2), is_drained=True)
     assert leave == Leave(reason="it has been drained")
+
+
+@pytest.mark.parametrize("verdict_first", [True, False])
+def test_a_drained_rank_steps_with_the_others_until_all_know_of_the_map(
+    verdict_first: bool,
+) -> None:
+    it = membership()
+    it.on_peer_record(record(1))
+    it.on_link_opened(member(1))
+    first = expert_map(1, member(0), member(1))
+    it.on_map(first)
+    it.on_adopted(first)
+    without = replace(expert_map(2, member(1)), is_planned=True)
+    if verdict_first:
+        assert it.on_verdict(member(0), Epoch(2), is_drained=True) == []
+    assert it.on_map(without) == [AdoptMap(expert_map=without)]
+    assert it.on_verdict(member(0), Epoch(2), is_drained=True) == []
+    assert it.on_engine_stopped("left out") == [Leave(reason="left out")]
+
+
+def test_a_drained_rank_that_steps_with_nobody_leaves_at_once() -> None:
+    """Its engine is in no map yet, so that none leaves it out."""
+    it = membership()
+    it.on_peer_record(record(1))
+    first = expert_map(1, member(0), member(1))
+    assert it.on_map(first) == [AnnounceMap(expert_map=first)], "no link is open"
+    (leave,) = it.on_map(replace(expert_map(2, member(1)), is_planned=True))
+    assert isinstance(leave, Leave)
