@@ -62,6 +62,7 @@ class Stop:
 
 
 _AFTER_ALL_EPOCHS = Epoch(1 << 62)
+_NO_WAKE = (Epoch(-1), Step(-1))
 
 InboxItem = Arrival | Cancel | OrphanOrigin | DropOrigin | NewMap | Wake | Hold | Stop
 
@@ -95,8 +96,9 @@ class Inbox:
     engine calls the rest.
 
     Arrivals are refused beyond a number or a sum of tokens, and cancellations beyond
-    CANCELS_PER_ARRIVAL times that number. The other items are never refused: their number is
-    bounded by the number of connections that have sent Arrivals, or the engine must not miss them.
+    CANCELS_PER_ARRIVAL times that number. Of Wakes only those later than all that wait are kept:
+    the others say nothing more. The other items are never refused: their number is bounded by the
+    number of connections that have sent Arrivals, or the engine must not miss them.
     """
 
     CANCELS_PER_ARRIVAL = 8
@@ -122,6 +124,7 @@ class Inbox:
         self._num_arrivals = 0
         self._num_arrival_tokens = 0
         self._num_cancels = 0
+        self._last_wake = _NO_WAKE
 
     def put(self, item: InboxItem) -> bool:
         """False: full, and the item is not taken. For an Arrival the caller answers "retryable".
@@ -129,6 +132,10 @@ class Inbox:
         with self._lock:
             if not self._has_space(item):
                 return False
+            if isinstance(item, Wake):
+                if (item.epoch, item.step) <= self._last_wake:
+                    return True
+                self._last_wake = (item.epoch, item.step)
             self._items.append(item)
             if isinstance(item, NewMap) and item.waits_until:
                 self.waiting = item
@@ -147,6 +154,7 @@ class Inbox:
         with self._lock:
             items, self._items = self._items, []
             self._num_arrivals = self._num_arrival_tokens = self._num_cancels = 0
+            self._last_wake = _NO_WAKE
         return items
 
     def wait(self, timeout_s: float) -> None:

@@ -37,8 +37,8 @@ def cancel() -> Cancel:
     return Cancel(session=SessionId("s"), attempt=Attempt(0))
 
 
-def wake() -> Wake:
-    return Wake(rank=RankId(1), incarnation=Incarnation(1), epoch=Epoch(1), step=Step(3))
+def wake(epoch: int = 1, step: int = 3) -> Wake:
+    return Wake(rank=RankId(1), incarnation=Incarnation(1), epoch=Epoch(epoch), step=Step(step))
 
 
 def test_items_come_out_in_order_and_once() -> None:
@@ -71,6 +71,15 @@ def test_cancels_have_a_bound_of_their_own() -> None:
     assert box.put(arrival())
     assert len(box.drain()) == Inbox.CANCELS_PER_ARRIVAL + 1
     assert box.put(cancel())
+
+
+def test_wakes_that_say_nothing_more_are_not_kept() -> None:
+    box = inbox()
+    for epoch, step in ((1, 3), (1, 3), (1, 2), (2, 0), (1, 9), (2, 1)):
+        assert box.put(wake(epoch, step))
+    assert box.drain() == [wake(1, 3), wake(2, 0), wake(2, 1)]
+    assert box.put(wake(1, 3))
+    assert box.drain() == [wake(1, 3)]
 
 
 def test_what_nobody_may_miss_is_taken_though_the_inbox_is_full() -> None:
