@@ -44,6 +44,8 @@ class Generation:
         self._eager = streaming or any(task.stops for task in tasks)
         self._changed = asyncio.Event()
         self._readers: list[ChoiceReader] = []
+        self._prompt_numbers: dict[tuple[int, ...], int] = {}
+        self._prompt_of: list[int] = []  # the number of each choice's prompt: to compare takes long
         self._open: dict[SessionId, ChoiceReader] = {}  # those that are not done
         self._woken: dict[SessionId, ChoiceReader] = {}  # those of which there may be more to read
         self._failures: list[Failure] = []
@@ -62,10 +64,10 @@ class Generation:
     @property
     def num_cached(self) -> int:
         """Prompt tokens that no choice had to compute; each distinct prompt counts once."""
-        cached: dict[tuple[int, ...], int] = {}
-        for session in (reader.session for reader in self._readers):
-            known = cached.get(session.prompt, session.cached_tokens)
-            cached[session.prompt] = min(known, session.cached_tokens)
+        cached: dict[int, int] = {}
+        for prompt, reader in zip(self._prompt_of, self._readers, strict=True):
+            num_tokens = reader.session.cached_tokens
+            cached[prompt] = min(cached.get(prompt, num_tokens), num_tokens)
         return sum(cached.values())
 
     def cached_tokens(self, choice: int) -> int:
@@ -109,6 +111,8 @@ class Generation:
         )
         reader = ChoiceReader(index, session, text, task)
         self._readers.append(reader)
+        number = self._prompt_numbers.setdefault(task.prompt, len(self._prompt_numbers))
+        self._prompt_of.append(number)
         self._open[session.id] = self._woken[session.id] = reader
 
     async def __aexit__(

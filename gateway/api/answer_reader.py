@@ -65,6 +65,8 @@ class AnswerReader:
         self._call_ids = call_ids
         self._shows_reasoning = shows_reasoning
         self._token_starts: list[int] = []
+        self._num_spans_counted = 0
+        self._num_reasoning_tokens = 0  # of these
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[_Call] = []
@@ -101,12 +103,17 @@ class AnswerReader:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Tokens that begin in the reasoning, without those of its markers."""
+        """Tokens that begin in the reasoning, without those of its markers. Quick, for a stream may
+        tell it with every token: of many spans only the last one grows."""
+        spans = self._parser.reasoning_spans
+        while self._num_spans_counted < len(spans) - 1:
+            self._num_reasoning_tokens += self._num_tokens_in(*spans[self._num_spans_counted])
+            self._num_spans_counted += 1
+        return self._num_reasoning_tokens + (self._num_tokens_in(*spans[-1]) if spans else 0)
+
+    def _num_tokens_in(self, begin: int, end: int) -> int:
         starts = self._token_starts
-        return sum(
-            bisect_left(starts, end) - bisect_left(starts, begin)
-            for begin, end in self._parser.reasoning_spans
-        )
+        return bisect_left(starts, end) - bisect_left(starts, begin)
 
     def _delta(self, event: Event) -> dict[str, Any] | None:
         match event:

@@ -67,8 +67,8 @@ class _EventFilter:
     def __init__(self, calls_max: int | None) -> None:
         self._calls_max = calls_max
         self._num_calls = 0
-        self._held = ""  # white space of the content, until it is known what follows
-        self._held_reasoning = ""
+        self._held: list[str] = []  # white space of the content, until it is known what follows
+        self._held_reasoning: list[str] = []
         self._skips = False  # reasoning or a call came last
         self._has_reasoning = False
 
@@ -80,30 +80,37 @@ class _EventFilter:
                 return self._content(text)
             case CallStart():
                 self._num_calls += 1
-                self._held, self._skips = "", True
+                self._held, self._skips = [], True
         if self._calls_max is not None and self._num_calls > self._calls_max:
             return []
         return [event]
 
     def finish(self) -> list[Event]:
-        held, self._held = self._held, ""
-        return [Content(held)]
+        held, self._held = self._held, []
+        return [Content("".join(held))]
 
     def _reasoning(self, text: str, begin: int) -> list[Event]:
-        text = self._held_reasoning + text
+        self._skips = True
         if not self._has_reasoning:
             text = text.lstrip()
-        shown = text.rstrip()
-        self._held_reasoning = text[len(shown) :]
+        shown = _without_end(text, self._held_reasoning)
         self._has_reasoning |= bool(shown)
-        self._skips = True
         return [Reasoning(shown, begin)]
 
     def _content(self, text: str) -> list[Event]:
         if self._skips:
             text = text.lstrip()
             self._skips = not text
-        text = self._held + text
-        shown = text.rstrip()
-        self._held = text[len(shown) :]
-        return [Content(shown)]
+        return [Content(_without_end(text, self._held))]
+
+
+def _without_end(text: str, held: list[str]) -> str:
+    """The text after what is held, but for the white space at its end, which is held from now on.
+    Each piece of a long run of it is looked at once."""
+    shown = text.rstrip()
+    if not shown:
+        held.append(text)
+        return ""
+    whole = "".join((*held, shown))
+    held[:] = [text[len(shown) :]]
+    return whole

@@ -250,3 +250,32 @@ async def test_a_client_that_leaves_before_all_are_open_leaves_none() -> None:
         async with generation(driver, choices=20, turn=turn):
             pass
     assert [session.ended for session in driver.sessions] == [True] * 8
+
+
+class CountedPrompt(tuple[int, ...]):
+    """Counts how often all of it is looked at."""
+
+    num_hashed = 0
+
+    def __hash__(self) -> int:
+        type(self).num_hashed += 1
+        return super().__hash__()
+
+
+async def test_what_was_cached_is_told_without_looking_at_the_prompts() -> None:
+    """A stream tells it with every token, if its client wants that."""
+    driver = ToyDriver()
+    prompts = [CountedPrompt((1, 2, 3)), CountedPrompt((1, 2, 3)), CountedPrompt((4, 5))]
+    sampling = SamplingParams(max_tokens=4)
+    async with Generation(
+        driver=cast("SessionDriver", driver),
+        token_bytes=TOKEN_BYTES,
+        tasks=[PromptTask(prompt=prompt, sampling=sampling) for prompt in prompts],
+        streaming=True,
+        turn=at_once,
+    ) as generation:
+        for session, num_cached in zip(driver.sessions, (2, 1, 2), strict=True):
+            session.cached_tokens = num_cached
+        num_hashed = CountedPrompt.num_hashed
+        assert generation.num_cached == 1 + 2
+        assert CountedPrompt.num_hashed == num_hashed

@@ -171,6 +171,15 @@ def test_markers_that_nothing_follows_are_content_and_cost_little(tools: str, un
     assert (content, calls) == (hostile.text, [])
 
 
+def test_a_long_run_of_spaces_costs_little_and_is_kept_if_text_follows() -> None:
+    spaces = [" " * 16] * 100_000
+    example = Example(name="", text="", tools="hermes")
+    began = process_time()
+    content, _, _ = read(events_of(parser_of(example), ["a", *spaces, "b"]))
+    assert process_time() - began < 5
+    assert content == "a" + "".join(spaces) + "b"
+
+
 def test_a_model_without_formats_needs_no_parser() -> None:
     assert (
         output_parser(tools=None, reasoning=None, schemas={}, opened=None, calls_max=None) is None
