@@ -233,15 +233,25 @@ class TransferExchange:
         self._wait_policy.begin_wait()
         backoff = Backoff(self._clock)
         while True:
-            missing = traffic.missing_ranks(
-                message.phase, self._table.peer_P, self._routes.counts_R2
-            )
-            self._wait_policy.watch([RankId(rank) for rank in missing])
+            self._wait_policy.watch(self._missing(message))
             if self._is_there(message, sleep_ns=_SLEEP_NS):
                 break
             if self._table.rings or backoff.wait_once():
-                self._maintain(missing)
+                self._maintain()
+                self._require_present(message)
         self._wait_policy.end_wait()
+
+    def _missing(self, message: _Message) -> list[RankId]:
+        ranks = traffic.missing_ranks(message.phase, self._table.peer_P, self._routes.counts_R2)
+        return [RankId(rank) for rank in ranks]
+
+    def _require_present(self, message: _Message) -> None:
+        """Raises StepAbandoned if a rank that owes a message has moved on. One that has may have
+        sent it just before, so it is looked for once more."""
+        left = {peer.rank for peer in self._table.peers if peer.has_left(self._epoch)}
+        if left and not self._is_there(message, sleep_ns=0):
+            for rank in left.intersection(self._missing(message)):
+                raise StepAbandoned(f"rank {rank} has left epoch {self._epoch}")
 
     def _is_there(self, message: _Message, *, sleep_ns: int) -> bool:
         return traffic.receive(
@@ -267,16 +277,12 @@ class TransferExchange:
             missing = [peer for peer in missing if not is_done(peer)]
         self._wait_policy.end_wait()
 
-    def _maintain(self, waiting_for: Sequence[int]) -> None:
-        """Raises StepAbandoned if one of these ranks has moved on. Others may have: they have sent
-        what this step needs of them."""
+    def _maintain(self) -> None:
         for peer in self._table.peers:
             peer.maintain()
         self._table.update()
         for peer in self._table.peers:
             self._check(peer)
-            if peer.rank in waiting_for and peer.has_left(self._epoch):
-                raise StepAbandoned(f"rank {peer.rank} has left epoch {self._epoch}")
 
     def _reserve(self, num_rows: int, num_pairs: int) -> None:
         if num_rows > self._x_MH.shape[0]:

@@ -25,6 +25,7 @@ from tests.support.local_exchange import LocalHub
 WAIT_S = 120.0
 FOREVER_MS = 1e9
 ENDLESS = 10**9
+NUM_MAPS = 40
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -178,6 +179,29 @@ def test_a_rank_that_is_stopped_at_any_moment_of_a_write_alters_nothing(
     expected = oracle(three, 300)
     for rank in ranks:
         assert rank.expect("done") == expected[rank.rank]
+
+
+@either_path
+def test_no_step_is_abandoned_when_all_adopt_a_map_after_the_same_one(
+    start: Callable[..., list[Rank]], over: Path
+) -> None:
+    """However far behind one of them is: what it has yet to read stays, and who has moved on has
+    sent what it owed."""
+    ranks = start(3, over=over)
+    maps = [make_map(epoch, range(3), 3) for epoch in range(1, NUM_MAPS + 1)]
+    for rank in ranks:
+        rank.tell("run_maps", (maps, 2))
+    moments = random.Random(1)
+    while not all(rank.has_said("done") for rank in ranks):
+        assert not any(rank.has_said("abandoned") for rank in ranks)
+        late = moments.choice(ranks)
+        late.signal(signal.SIGSTOP)
+        time.sleep(moments.uniform(0, 0.01))
+        late.signal(signal.SIGCONT)
+        time.sleep(moments.uniform(0, 0.01))
+    expected = [oracle(each, 2) for each in maps]
+    for rank in ranks:
+        assert rank.expect("done") == [digest for each in expected for digest in each[rank.rank]]
 
 
 @either_path

@@ -195,12 +195,17 @@ class _Child:
         )
 
     def run_steps(self, expert_map: ExpertMap, num_steps: int) -> None:
+        self.run_maps([expert_map], num_steps)
+
+    def run_maps(self, expert_maps: Sequence[ExpertMap], num_steps: int) -> None:
+        """So many steps under each, one map after the other."""
         results: list[str] = []
         try:
-            self.exchange.adopt(expert_map)
-            self.send("adopted", None)
-            for step in range(num_steps):
-                results.append(run_step(self.exchange, expert_map, self.own.rank, step))
+            for expert_map in expert_maps:
+                self.exchange.adopt(expert_map)
+                self.send("adopted", None)
+                for step in range(num_steps):
+                    results.append(run_step(self.exchange, expert_map, self.own.rank, step))
         except StepAbandoned:
             self.send("abandoned", results)
         else:
@@ -227,6 +232,8 @@ class _Child:
             self.send("half_open", num_half_open())
         elif kind == "epoch":
             self.monitor.epoch = value
+        elif kind == "run_maps":
+            threading.Thread(target=self.run_maps, args=value, daemon=True).start()
         elif kind == "run":
             threading.Thread(target=self.run_steps, args=value, daemon=True).start()
 
