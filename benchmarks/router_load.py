@@ -35,7 +35,7 @@ class RawConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._answer += data
-        if not _is_whole(self._answer):
+        if not is_whole(self._answer):
             return
         now = time.perf_counter()
         if not self._answer.startswith(b"HTTP/1.1 200"):
@@ -67,7 +67,7 @@ class RawConnection(asyncio.Protocol):
             self._transport.close()
 
 
-def _is_whole(answer: bytearray) -> bool:
+def is_whole(answer: bytearray) -> bool:
     header_end = answer.find(b"\r\n\r\n")
     if header_end < 0:
         return False
@@ -75,7 +75,8 @@ def _is_whole(answer: bytearray) -> bool:
     _, found, length = header.partition(b"content-length: ")
     if found:
         return len(answer) - header_end - 4 >= int(length.split(b"\r\n", 1)[0])
-    return answer.endswith(b"0\r\n\r\n")
+    # The last line of a header, which may come alone, may end in 0 as well.
+    return answer.endswith(b"\r\n0\r\n\r\n", header_end)
 
 
 async def closed_loop(
