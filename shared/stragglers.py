@@ -10,8 +10,10 @@ from shared.types import RankId
 from shared.wire import Load
 
 LATE_MIN_MS = 20.0
-LATE_FRACTION = 0.5
-"""A straggler is late by this part of a step, and by this many milliseconds."""
+LATE_FRACTION = 0.2
+"""A straggler is late by this part of a step, and by this many milliseconds. A rank with a
+twentieth of a core is late by 0.2 to 0.3 of a step: what it is kept from running while it waits
+looks like waiting, too."""
 
 
 def lateness_ms(loads: Mapping[RankId, Load]) -> dict[RankId, float]:

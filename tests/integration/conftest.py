@@ -3,9 +3,10 @@ on if STARFISH_TEST_AUTHENTICATED is set."""
 
 from __future__ import annotations
 
+import signal
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(switch_on_if_wanted())
 
 
-LONG_FILES = ("test_releases.py",)
+LONG_FILES = (
+    "test_releases.py",
+    "test_two_nodes_changed.py",
+    "test_chaos.py",
+    "test_planned_changes.py",
+    "test_soak.py",
+    "test_cli_eval.py",
+)
 
 
 @pytest.hookimpl(trylast=True)
@@ -30,6 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest come first, so that no process is left alone with one of them."""
     num_tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in LONG_FILES, -num_tests[item.path]))
+
+
+@pytest.fixture(autouse=True)
+def commands_hear_ctrl_c() -> Iterator[None]:
+    """Whatever runs the tests may ignore SIGINT, and what it starts would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

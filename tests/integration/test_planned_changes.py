@@ -4,14 +4,11 @@ waits until its change is done, also if the control plane that leads is killed i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import sys
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,14 +24,6 @@ pytestmark = pytest.mark.timeout(300)
 WAIT_S = 120.0
 PROMPT = [5, 6, 7, 8]
 NUM_TOKENS = 400
-
-
-@pytest.fixture(autouse=True)
-def commands_hear_ctrl_c() -> Iterator[None]:
-    """Whatever runs the tests may ignore SIGINT, and what it starts would inherit that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 class Command:
@@ -82,11 +71,7 @@ async def asked(cluster: Cluster, *arguments: str, code: int = 0) -> dict[str, A
 
 def ranks_of(answer: dict[str, Any]) -> dict[int, str]:
     """State by rank."""
-    return states(answer["status"])
-
-
-def states(status: dict[str, Any]) -> dict[int, str]:
-    return {rank["rank"]: rank["state"] for rank in status["ranks"]}
+    return {rank["rank"]: rank["state"] for rank in answer["status"]["ranks"]}
 
 
 @asynccontextmanager
@@ -173,49 +158,6 @@ async def test_drain_undrain_and_scale_while_an_answer_streams(
         assert len(results) >= 1
         assert {result.token_ids for result in results} == {expected.token_ids}
         assert {(result.finish_reason, result.error) for result in results} == {("length", None)}
-
-
-class Slowed:
-    """A process that may run for an eighth of the time, in turns as short as a scheduler's."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            while not self._ends.is_set():
-                os.kill(self._pid, signal.SIGSTOP)
-                time.sleep(0.014)
-                os.kill(self._pid, signal.SIGCONT)
-                time.sleep(0.002)
-
-
-async def test_a_rank_that_holds_the_others_up_is_drained_if_that_is_asked_for(
-    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STARFISH_CONTROL_PLANE_DRAIN_STRAGGLERS_AFTER_S", "3")
-    async with running_cluster(tmp_path / "run", small_model, ranks=3) as cluster:
-        expected = await cluster.stream(PROMPT, max_tokens=NUM_TOKENS)
-        live = await cluster.live_ranks()
-        streaming = asyncio.create_task(repeated(cluster))
-        with Slowed(live[1]):
-            status = await until(cluster, lambda status: num_live(status) == 2)
-            status = await until(cluster, lambda status: states(status)[1] == "drained")
-        assert states(status) == {0: "live", 1: "drained", 2: "live"}
-        logs = (cluster.run_dir / "logs").glob("control-plane-?.log")
-        assert "rank 1 is slow: others wait" in "".join(log.read_text() for log in logs)
-        streaming.cancel()
-        results = await streaming
-        assert {result.token_ids for result in results} == {expected.token_ids}
 
 
 async def repeated(cluster: Cluster) -> list[Any]:

@@ -17,7 +17,7 @@ from tests.sim.many_schedules import ManyOutcomes, outcome_of
 from tests.sim.planted import is_noticed
 from tests.sim.schedules import CARD_FIRST_SEED
 
-NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "240")) // 6
+NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "180")) // 6
 FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
 NUM_CARD_SCHEDULES = NUM_SCHEDULES // 2
 PART = 15

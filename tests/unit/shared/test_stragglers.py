@@ -37,7 +37,7 @@ def test_two_of_many_can_straggle() -> None:
 
 
 def test_little_is_not_late() -> None:
-    assert stragglers(loads(1000.0, 400.0, 0.0, 400.0)) == {}
+    assert stragglers(loads(1000.0, 190.0, 0.0, 190.0)) == {}
     assert stragglers(loads(LATE_MIN_MS, LATE_MIN_MS - 1, 0.0, LATE_MIN_MS - 1)) == {}
 
 
