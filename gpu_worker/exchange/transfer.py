@@ -247,10 +247,13 @@ class TransferExchange:
 
     def _require_present(self, message: _Message) -> None:
         """Raises StepAbandoned if a rank that owes a message has moved on. One that has may have
-        sent it just before, so it is looked for once more."""
+        sent it just before, so it is looked for once more. If another one has, who owes it may only
+        be slow, until it is late: then the others will not have waited for it either."""
         left = {peer.rank for peer in self._table.peers if peer.has_left(self._epoch)}
         if left and not self._is_there(message, sleep_ns=0):
-            for rank in left.intersection(self._missing(message)):
+            if not self._wait_policy.is_late:
+                left.intersection_update(self._missing(message))
+            for rank in left:
                 raise StepAbandoned(f"rank {rank} has left epoch {self._epoch}")
 
     def _is_there(self, message: _Message, *, sleep_ns: int) -> bool:

@@ -43,6 +43,11 @@ class WaitPolicy:
         self._looked_at = self._clock.now()
         self._late_at = self._looked_at + self._deadline.ms / 1000
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the present wait was beyond the deadline when it was last watched."""
+        return self._looked_at >= self._late_at
+
     def end_wait(self) -> None:
         self._waited_until = self._clock.now()
         self._monitor.beat(())
