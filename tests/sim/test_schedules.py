@@ -27,7 +27,7 @@ from tests.sim.schedules import (
 )
 from tests.support import local_exchange as local
 
-NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "120"))
+NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "80"))
 FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
 
 REGRESSION_SEEDS = {
