@@ -250,11 +250,12 @@ class TransferExchange:
         sent it just before, so it is looked for once more. If another one has, who owes it may only
         be slow, until it is late: then the others will not have waited for it either."""
         left = {peer.rank for peer in self._table.peers if peer.has_left(self._epoch)}
-        if left and not self._is_there(message, sleep_ns=0):
-            if not self._wait_policy.is_late:
-                left.intersection_update(self._missing(message))
-            for rank in left:
-                raise StepAbandoned(f"rank {rank} has left epoch {self._epoch}")
+        if not left or self._is_there(message, sleep_ns=0):
+            return
+        if not self._wait_policy.is_late:
+            left.intersection_update(self._missing(message))
+        if left:
+            raise StepAbandoned(f"rank {min(left)} has left epoch {self._epoch}")
 
     def _is_there(self, message: _Message, *, sleep_ns: int) -> bool:
         return traffic.receive(
