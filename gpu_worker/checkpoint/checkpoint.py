@@ -3,8 +3,8 @@ its hash manifest if there is one. Knows nothing of architectures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -93,13 +93,15 @@ class Checkpoint:
     def read_bits_part(self, name: str, index: int) -> NDArray[np.uint16]:
         return self._decode(self._forms[name], index, StoredForm.decode_bits)
 
-    def copy_bits(self, name: str, out_N: NDArray[np.uint16]) -> None:
-        """Copies a tensor stored in BF16, flat, to the caller's memory. New memory would cost as
+    @contextmanager
+    def stored_bytes(self, name: str) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of a tensor stored in BF16, in the mapped file. The view must not be used after
+        the `with` block. To copy them to memory that is there saves new memory, which would cost as
         much as the read."""
         form = self._forms[name]
         assert form.dtype == "BF16", f"{form.values.name} is {form.dtype}"
         with ExitStack() as views:
-            out_N[:] = self._view(form.values, None, views).view(np.uint16)
+            yield self._view(form.values, None, views)
 
     def fp8_block(self, name: str) -> tuple[int, int] | None:
         """Rows and columns of the blocks that have a scale each; None if the tensor is not FP8."""

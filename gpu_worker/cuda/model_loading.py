@@ -20,6 +20,7 @@ from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.checkpoint_layouts import checkpoint_layout_of
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.decoder_weights import DecoderWeights
+from gpu_worker.cuda.weights.staged_copy import StagedCopy
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from shared.expert_cache_memory import ExpertCacheMemory
 from shared.model_spec import ModelSpec
@@ -72,7 +73,8 @@ def load_cuda_model(
     header = expert_cache_header(checkpoint, reader, spec)
     host_experts = open_host_experts(reader, cache_memory, header)
     host_experts.start_pinning(device)
-    weights = layout.read(WeightReader(checkpoint, device, dtype))
+    with StagedCopy(device) as staged_copy:
+        weights = layout.read(WeightReader(checkpoint, device, dtype, staged_copy))
     slots = CudaSlots(
         num_layers=spec.num_moe_layers,
         slots_per_rank=slots_per_rank,

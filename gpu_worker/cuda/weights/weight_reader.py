@@ -1,5 +1,5 @@
-"""Reads tensors of a checkpoint to the device through one pinned buffer. The host holds that buffer
-and at most one tensor."""
+"""Reads tensors of a checkpoint to the device through a little pinned memory. The host holds that
+memory and at most one tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
-from gpu_worker.cuda.weights.pinned_memory import pinned
 from gpu_worker.cuda.weights.scaled_blocks import (
     BLOCK,
     CODES,
@@ -18,27 +17,27 @@ from gpu_worker.cuda.weights.scaled_blocks import (
     multiplies_fp8,
     num_blocks,
 )
+from gpu_worker.cuda.weights.staged_copy import StagedCopy
 
-STAGING_VALUES = 2**25
 _PARTS_MAX = 4
 """Of `kernels.linear`, which divides an inner size that is a multiple of BLOCK."""
 
 
 class WeightReader:
-    """For one thread. Each read raises CheckpointError."""
+    """For one thread, on its current stream. Each read raises CheckpointError."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
-        *,
-        staging_values: int = STAGING_VALUES,
+        staged_copy: StagedCopy,
     ) -> None:
+        """What is read is whole for other streams when `staged_copy` has ended."""
         self._checkpoint = checkpoint
         self._device = device
         self._dtype = dtype
-        self._staging_N = pinned(staging_values, dtype, device)
+        self._staged_copy = staged_copy
 
     def read(self, *names: str) -> Tensor:
         """Tensors in the model's dtype, concatenated along the first axis."""
@@ -82,28 +81,32 @@ class WeightReader:
         codes = torch.empty(shape, dtype=CODES)
         scales = torch.empty([num_blocks(size) for size in shape])
         self._checkpoint.copy_codes(name, codes.view(torch.uint8).numpy(), scales.numpy())
-        return codes.to(self._device), scales.to(self._device)
+        on_device = torch.empty(shape, dtype=CODES, device=self._device)
+        self._copy_from_host(codes, on_device)
+        return on_device, scales.to(self._device)
 
     def _copy(self, name: str, out_N: Tensor) -> None:
-        staging_size = self._staging_N.numel()
-        if out_N.numel() <= staging_size:
-            staged_N = self._staging_N[: out_N.numel()]
-            copy_onto_host(self._checkpoint, name, staged_N)
-            out_N.copy_(staged_N)
-            return
-        whole_N = _on_host(self._checkpoint, name)
-        for first in range(0, out_N.numel(), staging_size):
-            staged_N = self._staging_N[: out_N.numel() - first]
-            staged_N.copy_(whole_N[first : first + staging_size])
-            out_N[first : first + staging_size].copy_(staged_N)
+        if _has_bits_of(out_N, self._checkpoint, name):
+            with self._checkpoint.stored_bytes(name) as bytes_B:
+                self._staged_copy.copy(bytes_B, out_N)
+        else:
+            self._copy_from_host(_on_host(self._checkpoint, name).to(out_N.dtype), out_N)
+
+    def _copy_from_host(self, values: Tensor, out: Tensor) -> None:
+        self._staged_copy.copy(values.view(-1).view(torch.uint8).numpy(), out)
 
 
 def copy_onto_host(checkpoint: Checkpoint, name: str, out_N: Tensor) -> None:
     """Reads a tensor, flat and in the dtype of `out_N`. Raises CheckpointError."""
-    if out_N.dtype == torch.bfloat16 and checkpoint.stored_dtype(name) == "BF16":
-        checkpoint.copy_bits(name, out_N.view(torch.uint16).numpy())
+    if _has_bits_of(out_N, checkpoint, name):
+        with checkpoint.stored_bytes(name) as bytes_B:
+            out_N.view(torch.uint8).numpy()[:] = bytes_B
     else:
         out_N.copy_(_on_host(checkpoint, name))
+
+
+def _has_bits_of(out_N: Tensor, checkpoint: Checkpoint, name: str) -> bool:
+    return out_N.dtype == torch.bfloat16 and checkpoint.stored_dtype(name) == "BF16"
 
 
 def _on_host(checkpoint: Checkpoint, name: str) -> Tensor:

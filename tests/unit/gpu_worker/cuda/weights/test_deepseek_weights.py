@@ -21,6 +21,7 @@ from gpu_worker.cuda.weights.decoder_weights import (
     MoeWeights,
 )
 from gpu_worker.cuda.weights.deepseek_weights import deepseek_layout
+from gpu_worker.cuda.weights.staged_copy import StagedCopy
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.errors import CheckpointError
@@ -28,6 +29,7 @@ from shared.model_spec import read_model_spec
 
 HIDDEN, INNER, DENSE = 32, 16, 48
 HEADS, PLAIN, ROTATED, VALUE, RANK, Q_RANK = 2, 32, 16, 48, 64, 80
+CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 304,
     "num_hidden_layers": 3,
@@ -79,7 +81,7 @@ def checkpoint_layout_of(folder: Path) -> DecoderLayout:
 def read(folder: Path) -> DecoderWeights:
     layout = checkpoint_layout_of(folder)
     checkpoint = open_checkpoint(folder, layout.tensor_shapes())
-    return layout.read(WeightReader(checkpoint, torch.device("cpu"), torch.float32))
+    return layout.read(WeightReader(checkpoint, CPU, torch.float32, StagedCopy(CPU)))
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 
 from gpu_worker.checkpoint.checkpoint import SINGLE_FILE, open_checkpoint
 from gpu_worker.cuda.weights.scaled_blocks import ScaledBlocks
+from gpu_worker.cuda.weights.staged_copy import StagedCopy
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 from gpu_worker.model_tools import fp8_blocks
 
+CPU = torch.device("cpu")
 Shapes = dict[str, tuple[int, int]]
 
 
@@ -36,7 +38,7 @@ def stored(folder: Path, shapes: Shapes, *, plain: tuple[str, ...] = ()) -> dict
 
 def reader_of(folder: Path, shapes: Shapes) -> WeightReader:
     checkpoint = open_checkpoint(folder, shapes)
-    return WeightReader(checkpoint, torch.device("cpu"), torch.bfloat16)
+    return WeightReader(checkpoint, CPU, torch.bfloat16, StagedCopy(CPU))
 
 
 def test_codes_and_scales_lie_one_below_the_other(tmp_path: Path) -> None:

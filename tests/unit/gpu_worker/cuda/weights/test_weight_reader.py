@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from gpu_worker.checkpoint.checkpoint import SINGLE_FILE, open_checkpoint
+from gpu_worker.cuda.weights.staged_copy import StagedCopy
 from gpu_worker.cuda.weights.weight_reader import WeightReader
 
 CPU = torch.device("cpu")
@@ -24,20 +25,20 @@ def tensors(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
 
 
 def reader_of(
-    folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, staging_values: int
+    folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, staging_bytes: int
 ) -> WeightReader:
     save_file(tensors, folder / SINGLE_FILE)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     checkpoint = open_checkpoint(folder, shapes)
-    return WeightReader(checkpoint, CPU, dtype, staging_values=staging_values)
+    return WeightReader(checkpoint, CPU, dtype, StagedCopy(CPU, staging_bytes=staging_bytes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("staging_values", [1, 7, 16, 47, 48, 100])
+@pytest.mark.parametrize("staging_bytes", [1, 7, 16, 47, 48, 100])
 def test_reads_one_below_the_other(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, staging_values: int
+    tmp_path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, staging_bytes: int
 ) -> None:
-    reader = reader_of(tmp_path, tensors, dtype, staging_values)
+    reader = reader_of(tmp_path, tensors, dtype, staging_bytes)
     assert torch.equal(reader.read("norm"), tensors["norm"].to(dtype))
     expected = torch.cat([tensors["q"], tensors["k"]]).to(dtype)
     assert torch.equal(reader.read("q", "k"), expected)
