@@ -38,6 +38,9 @@ def prepare(config: RankConfig, on_progress: Callable[[int, int], None]) -> None
         with suppress(ImportError):
             import gpu_worker.cuda.decoder
             import gpu_worker.cuda.hardware
+            from gpu_worker.cuda.kernels.preload import preload_kernels
+
+            preload_kernels()
     if not on_card or config.device is DeviceKind.AUTO:
         import gpu_worker.cpu.hardware  # noqa: F401
     if not on_card and config.model is not None:

@@ -45,6 +45,15 @@ class SlotUpload(NamedTuple):
     checksum: int | None = None
 
 
+_CHECKED_TOGETHER = 8
+"""Experts. Changing streams takes the host as long as a copy of 0.5 MB."""
+
+
+class _LoadStreams(NamedTuple):
+    copies: torch.cuda.Stream
+    checksums: torch.cuda.Stream
+
+
 class CudaSlots:
     """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up). If `form.scaled`, the
     weights are codes, and have scales `[L, S, …]` as in `ScaledBlocks`; if `form.biased`, they have
@@ -86,7 +95,10 @@ class CudaSlots:
         self.b_down_LSH = self.parts[3] if form.biased else None
         self.num_layers, self.slots_per_rank = leading
         self._ledger = SlotLedger(num_layers, slots_per_rank)
-        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._streams: _LoadStreams | None = None
+        if device.type == "cuda":
+            copies, checksums = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._streams = _LoadStreams(copies, checksums)
 
     @property
     def contents(self) -> NDArray[np.int16]:
@@ -120,15 +132,9 @@ class CudaSlots:
         does not wait for the steps' stream, which does not wait for this either."""
         for upload in uploads:
             self._ledger.set(upload.layer, upload.slot, EMPTY_SLOT)
-        if self._side_stream is None:
-            arrived = [self._copy(upload) for upload in uploads]
-        else:
-            with on_stream(self._side_stream):
-                arrived = [self._copy(upload) for upload in uploads]
-                self._side_stream.synchronize()
         damaged = []
-        for upload, found in zip(uploads, arrived, strict=True):
-            if found is not None and int(found) != upload.checksum:
+        for upload, found in zip(uploads, self._copy_all(uploads), strict=True):
+            if upload.checksum is not None and found != upload.checksum:
                 damaged.append(upload)
             else:
                 self._ledger.set(upload.layer, upload.slot, upload.expert)
@@ -149,12 +155,41 @@ class CudaSlots:
             for expert in range(num_experts):
                 self._ledger.set(layer, expert, expert)
 
-    def _copy(self, upload: SlotUpload) -> Tensor | None:
-        """The checksum of what the slot then holds, if it is to be compared."""
+    def _copy_all(self, uploads: Sequence[SlotUpload]) -> list[int]:
+        """The checksums of what the slots then hold; 0 for those without one. Some experts' are
+        computed while the next ones are on their way."""
+        if self._streams is None:
+            return _as_numbers([_checksum_of(u, self._copy(u)) for u in uploads])
+        sums: list[Tensor] = []
+        copies, checksums = self._streams
+        for first in range(0, len(uploads), _CHECKED_TOGETHER):
+            group = uploads[first : first + _CHECKED_TOGETHER]
+            with on_stream(copies):
+                parts = [self._copy(upload) for upload in group]
+                arrived = copies.record_event()
+            with on_stream(checksums):
+                checksums.wait_event(arrived)
+                sums += [_checksum_of(u, own) for u, own in zip(group, parts, strict=True)]
+        with on_stream(checksums):
+            return _as_numbers(sums)
+
+    def _copy(self, upload: SlotUpload) -> list[Tensor]:
+        """The slot's parts."""
         parts = [part[upload.layer, upload.slot] for part in self.parts]
         for part, given in zip(parts, self.form.split(upload.values), strict=True):
             part.copy_(given, non_blocking=True)
-        return None if upload.checksum is None else checksum(parts)
+        return parts
+
+
+def _checksum_of(upload: SlotUpload, parts: Sequence[Tensor]) -> Tensor:
+    if upload.checksum is not None:
+        return checksum(parts)
+    return torch.zeros((), dtype=torch.int64, device=parts[0].device)
+
+
+def _as_numbers(sums: Sequence[Tensor]) -> list[int]:
+    """Waits for them."""
+    return torch.stack(list(sums)).tolist() if sums else []
 
 
 def _weights(weights: Tensor, scales: Tensor | None, layer: int) -> Matrix:
