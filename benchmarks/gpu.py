@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.gpu_shapes import SHAPES
 from gpu_worker.checkpoint.mla_shape import MlaShape
+from gpu_worker.cuda.experts.expert_form import NumberFormat
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 
@@ -42,11 +43,11 @@ class GpuBench:
         sizes: DecoderSizes,
         *,
         slots: CudaSlots | None = None,
-        scaled: bool = False,
+        number_format: NumberFormat = NumberFormat.PLAIN,
         scaled_shared: bool = False,
     ) -> None:
-        """With `scaled`, experts are in block-scaled FP8, unless `slots` has them already; with
-        `scaled_shared`, the shared weights that checkpoints quantise are, too."""
+        """`number_format` is that of the experts, unless `slots` has them already; with
+        `scaled_shared`, the shared weights that checkpoints quantise are in FP8, too."""
         from gpu_worker.cuda.weights.random_weights import random_weights
 
         self.device = torch.device("cuda")
@@ -65,7 +66,7 @@ class GpuBench:
             hidden_size=self.sizes.hidden_size,
             inner_size=self.sizes.inner_size,
             device=self.device,
-            scaled=scaled,
+            number_format=number_format,
             biased=is_gpt_oss,
         )
         self.slots.fill_randomly(self.sizes.num_experts, std=0.02)

@@ -1,12 +1,15 @@
 """Compares number formats on one CUDA card, of the same shape and in turn in one run: bfloat16,
-experts in block-scaled FP8, and all in it that checkpoints quantise.
+experts in block-scaled FP8, and all in it that checkpoints quantise; for gpt-oss's shape bfloat16
+and experts in MXFP4.
 
     python -m benchmarks.gpu_formats --out FOLDER
     python -m benchmarks.gpu_formats --out FOLDER --sections decode,prefill,tiles --layers 24
+    python -m benchmarks.gpu_formats --out FOLDER --shape gpt-oss-20b --batches 1,32
 
 Decode is measured at batches 1, 8, 32 and 128 with a context of 512, prefill with a prompt of 4,096
 tokens in one step; decode as the median of several rounds that alternate between the formats. The
-experts are random, so tokens spread over them evenly. `tiles` compares tiles of the FP8 kernels.
+experts are random, so tokens spread over them evenly. `tiles` compares tiles of the kernels of FP8
+or MXFP4.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import torch
 from benchmarks.gpu import BLOCK_TOKENS, GpuBench, Report, copy_rate, decode_rates, invariance
 from benchmarks.gpu import median_ms as card_median_ms
 from benchmarks.gpu_shapes import SHAPES
+from gpu_worker.cuda.experts.expert_form import NumberFormat
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 
 BATCHES = (1, 8, 32, 128)
@@ -68,24 +72,21 @@ def prefill_by_format(decoders: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def measure(report: Report, sizes: DecoderSizes, sections: set[str]) -> None:
+def measure(
+    report: Report, sizes: DecoderSizes, sections: set[str], batches: tuple[int, ...]
+) -> None:
     from benchmarks.gpu_prefill import LENGTHS
 
     properties = torch.cuda.get_device_properties(0)
     report.run("card", lambda: {"name": properties.name, "torch": torch.__version__})
     copy = report.run("copy_tb_per_s", copy_rate)
     torch.cuda.empty_cache()
-    with_experts = GpuBench(sizes, scaled=True)
-    benches = {
-        "bf16": GpuBench(sizes),
-        "fp8_experts": with_experts,
-        "fp8": GpuBench(sizes, slots=with_experts.slots, scaled_shared=True),
-    }
     if "tiles" in sections:
-        _measure_tiles(report, benches["fp8"])
+        (_measure_mxfp4_tiles if sizes.clamped_experts else _measure_tiles)(report, sizes)
+    benches = _benches(sizes) if sections - {"tiles"} else {}
     if "decode" in sections:
-        decoders = {name: bench.decoder(BATCHES) for name, bench in benches.items()}
-        for batch in BATCHES:
+        decoders = {name: bench.decoder(batches) for name, bench in benches.items()}
+        for batch in batches:
             report.run(f"decode_{batch}", partial(decode_by_format, benches, decoders, batch, copy))
         for name, decoder in decoders.items():
             report.run(f"invariance_{name}", partial(invariance, decoder))
@@ -99,9 +100,33 @@ def measure(report: Report, sizes: DecoderSizes, sections: set[str]) -> None:
         report.run("prefill", partial(prefill_by_format, decoders))
 
 
-def _measure_tiles(report: Report, bench: GpuBench) -> None:
+def _benches(sizes: DecoderSizes) -> dict[str, GpuBench]:
+    """gpt-oss's experts have biases, which those in FP8 have not."""
+    if sizes.clamped_experts:
+        return {
+            "bf16": GpuBench(sizes),
+            "mxfp4": GpuBench(sizes, number_format=NumberFormat.MXFP4),
+        }
+    with_experts = GpuBench(sizes, number_format=NumberFormat.FP8)
+    return {
+        "bf16": GpuBench(sizes),
+        "fp8_experts": with_experts,
+        "fp8": GpuBench(sizes, slots=with_experts.slots, scaled_shared=True),
+    }
+
+
+def _measure_mxfp4_tiles(report: Report, sizes: DecoderSizes) -> None:
+    from benchmarks.gpu_mxfp4_kernels import HEIGHTS, Mxfp4Sweep
+
+    sweep = Mxfp4Sweep(sizes, GpuBench(sizes, number_format=NumberFormat.MXFP4).slots)
+    for tokens, height in HEIGHTS:
+        report.run(f"tiles_{tokens}_{height}", partial(sweep.tiles, tokens, height))
+
+
+def _measure_tiles(report: Report, sizes: DecoderSizes) -> None:
     from benchmarks.gpu_scaled_kernels import ScaledSweep
 
+    bench = GpuBench(sizes, number_format=NumberFormat.FP8, scaled_shared=True)
     sweep = ScaledSweep(bench.sizes, bench.slots)
     outputs = [layer.w_o_HO for layer in bench.weights.layers]
     for tokens in (*BATCHES, 4096):
@@ -117,12 +142,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-30b")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--sections", default="decode,prefill", help="comma-separated")
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="of decode")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench.gpu_formats: no CUDA device here; this measures one")
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out)
-    measure(report, SHAPES[options.shape](options.layers), set(options.sections.split(",")))
+    sizes, sections = SHAPES[options.shape](options.layers), set(options.sections.split(","))
+    measure(report, sizes, sections, tuple(map(int, options.batches.split(","))))
     for name, result in report.results.items():
         if name.startswith("decode_") and "error" not in result:
             print(name, {form: row["speed_up"] for form, row in result.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,36 @@ TALL_TILES = (
     ScaledTile(128, 8, 3),
 )
 _UNGROUPED_TOKENS_MAX = 4
+_Tile = TypeVar("_Tile", bound=tuple[Any, ...])
+
+
+def rows_in_tiles(slots_TK: Tensor, num_slots: int, height: int) -> Rows:
+    """Tiles of `height` rows; with 0 each pair is its own."""
+    if not height:
+        return Rows(slots_TK, None)
+    tiles = routing.new_slot_tiles(slots_TK.numel(), num_slots, height, slots_TK.device)
+    room = pair_order.new_block_counts(slots_TK.numel(), num_slots, slots_TK.device)
+    pair_order.order_by_slot(slots_TK, num_slots, room, tiles)
+    return Rows(slots_TK, tiles)
+
+
+def rates_by_tile(
+    run: Callable[[_Tile], None], tiles: Sequence[_Tile], nbytes: float, work: float
+) -> dict[str, Any]:
+    """Of work that reads so many bytes and takes so many operations."""
+    rates: dict[str, Any] = {}
+    for tile in tiles:
+        try:
+            milliseconds = graph_ms(partial(run, tile))
+        except Exception as error:  # noqa: BLE001 — the other tiles are worth their device time
+            rates["x".join(map(str, tile))] = repr(error)[:120]
+            continue
+        rates["x".join(map(str, tile))] = {
+            "ms": round(milliseconds, 3),
+            "tb_per_s": round(nbytes / milliseconds / 1e9, 3),
+            "tflop_per_s": round(work / milliseconds / 1e9, 1),
+        }
+    return rates
 
 
 class ScaledSweep:
@@ -69,8 +99,8 @@ class ScaledSweep:
         tall = rows[0].tiles is not None and rows[0].tiles.rows >= TALL_ROWS
         tiles = TALL_TILES if tall else SHORT_TILES
         return {
-            "gate_up": self._sweep(up, tiles, 2 * nbytes / 3, 2 * work / 3),
-            "down": self._sweep(down, tiles, nbytes / 3, work / 3),
+            "gate_up": rates_by_tile(up, tiles, 2 * nbytes / 3, 2 * work / 3),
+            "down": rates_by_tile(down, tiles, nbytes / 3, work / 3),
         }
 
     def linear(self, tokens: int, matrices: Sequence[Matrix]) -> dict[str, Any]:
@@ -90,7 +120,7 @@ class ScaledSweep:
 
         tiles = TALL_TILES if tokens > PARTS_ROWS_MAX else SHORT_TILES
         values = len(matrices) * rows * inner
-        return self._sweep(run, tiles, values, 2 * tokens * values)
+        return rates_by_tile(run, tiles, values, 2 * tokens * values)
 
     def _weights(self, layer: int) -> tuple[ScaledBlocks, ScaledBlocks]:
         gate_up, down = self._slots.gate_up(layer), self._slots.down(layer)
@@ -100,29 +130,5 @@ class ScaledSweep:
 
     def _rows(self, slots_TK: Tensor) -> Rows:
         tokens = slots_TK.shape[0]
-        if tokens <= _UNGROUPED_TOKENS_MAX:
-            return Rows(slots_TK, None)
-        num_slots = self._slots.slots_per_rank
-        height = 16 if tokens <= 256 else TALL_ROWS
-        tiles = routing.new_slot_tiles(slots_TK.numel(), num_slots, height, self._device)
-        room = pair_order.new_block_counts(slots_TK.numel(), num_slots, self._device)
-        pair_order.order_by_slot(slots_TK, num_slots, room, tiles)
-        return Rows(slots_TK, tiles)
-
-    @staticmethod
-    def _sweep(
-        run: Callable[[ScaledTile], None], tiles: tuple[ScaledTile, ...], nbytes: float, work: float
-    ) -> dict[str, Any]:
-        rates: dict[str, Any] = {}
-        for tile in tiles:
-            try:
-                milliseconds = graph_ms(partial(run, tile))
-            except Exception as error:  # noqa: BLE001 — the other tiles are worth their device time
-                rates["x".join(map(str, tile))] = repr(error)[:120]
-                continue
-            rates["x".join(map(str, tile))] = {
-                "ms": round(milliseconds, 3),
-                "tb_per_s": round(nbytes / milliseconds / 1e9, 3),
-                "tflop_per_s": round(work / milliseconds / 1e9, 1),
-            }
-        return rates
+        height = 0 if tokens <= _UNGROUPED_TOKENS_MAX else 16 if tokens <= 256 else TALL_ROWS
+        return rows_in_tiles(slots_TK, self._slots.slots_per_rank, height)

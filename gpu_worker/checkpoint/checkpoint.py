@@ -22,7 +22,7 @@ from gpu_worker.checkpoint.shards import (
     StoredTensor,
     read_tensors,
 )
-from gpu_worker.checkpoint.stored_form import StoredForm, check_method, find_form
+from gpu_worker.checkpoint.stored_form import MXFP4, StoredForm, check_method, find_form
 from shared.errors import CheckpointError
 from shared.model_spec import read_json
 
@@ -114,6 +114,13 @@ class Checkpoint:
         form = self._forms[name]
         assert form.dtype == "F8_E4M3", f"{form.values.name} is {form.dtype}"
         self._decode(form, None, partial(StoredForm.copy_codes, codes=codes, scales=scales))
+
+    def copy_mxfp4_part(self, name: str, index: int, blocks: Codes, scales: Codes) -> None:
+        """Copies one index of the leading axis of a tensor stored in MXFP4 as it is, to the
+        caller's memory: `[N, G, 16]` and `[N, G]` for N outputs of 32 G inputs."""
+        form = self._forms[name]
+        assert form.dtype == MXFP4, f"{form.values.name} is {form.dtype}"
+        self._decode(form, index, partial(StoredForm.copy_groups, blocks=blocks, scales=scales))
 
     def _decode(
         self,

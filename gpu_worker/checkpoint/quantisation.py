@@ -50,6 +50,12 @@ def check_fp8(codes: Codes, scales: NDArray[Any]) -> None:
         raise ValueError("holds NaN")
 
 
+def check_mxfp4(scales: Codes) -> None:
+    """Raises ValueError if a scale is NaN."""
+    if scales.max(initial=0) == _E8M0_NAN:
+        raise ValueError("has a scale that is NaN")
+
+
 def decode_fp8_blocks(codes: Codes, scales: NDArray[Any], block: tuple[int, int]) -> Floats:
     """`codes` are uint8 `[..., N, K]`; `scales` are `[..., ceil(N/n), ceil(K/k)]` for blocks `[n,
     k]`, of which the last in a row or column may be partial. Each value is that of its code times
@@ -96,8 +102,7 @@ def decode_mxfp4_bits(blocks: Codes, scales: Codes) -> NDArray[np.uint16]:
 
 def _look_up(pairs: NDArray[Any], blocks: Codes, scales: Codes) -> NDArray[Any]:
     """`[..., 16 * G]` words of `pairs`."""
-    if (scales == _E8M0_NAN).any():
-        raise ValueError("has a scale that is NaN")
+    check_mxfp4(scales)
     found = np.empty(blocks.shape, dtype=pairs.dtype)
     of_groups = found.reshape(-1, MXFP4_GROUP_BYTES)
     bytes_of_groups, scale_of_groups = blocks.reshape(of_groups.shape), scales.reshape(-1, 1)

@@ -17,6 +17,7 @@ from gpu_worker.checkpoint.quantisation import (
     Codes,
     Floats,
     check_fp8,
+    check_mxfp4,
     decode_fp8_blocks,
     decode_mxfp4,
     decode_mxfp4_bits,
@@ -90,6 +91,21 @@ class StoredForm:
         codes[...] = _view(self.values, raw_values, leading)
         scales[...] = _as_floats(self.scales.dtype, _view(self.scales, raw_scales, leading))
         check_fp8(codes, scales)
+
+    def copy_groups(
+        self,
+        raw_values: Codes,
+        raw_scales: Codes | None,
+        leading: int,
+        blocks: Codes,
+        scales: Codes,
+    ) -> None:
+        """Copies the parts of a tensor in MXFP4. Raises ValueError if the bytes are invalid."""
+        assert self.scales is not None, f"{self.values.name} has no scales"
+        assert raw_scales is not None, f"{self.values.name} has no scales"
+        blocks[...] = _view(self.values, raw_values, leading)
+        scales[...] = _view(self.scales, raw_scales, leading)
+        check_mxfp4(scales)
 
     def decode_bits(
         self, raw_values: Codes, raw_scales: Codes | None, leading: int

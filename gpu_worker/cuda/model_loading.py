@@ -82,7 +82,7 @@ def load_cuda_model(
         inner_size=spec.moe_intermediate_size,
         device=device,
         dtype=dtype,
-        scaled=reader.form.scaled,
+        number_format=reader.form.number_format,
         biased=reader.form.biased,
     )
     loader = open_slot_loader(

@@ -24,7 +24,7 @@ from gpu_worker.model_tools.seeded_drafts import Guesses
 from shared.errors import StarfishError
 from shared.model_spec import read_model_spec
 
-_SEED_DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
+_SEED_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float4_e2m1fn_x2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from gpu_worker.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Shape
 from gpu_worker.checkpoint.draft_tensors import draft_names, draft_shapes
 from gpu_worker.checkpoint.safetensors_file import SafetensorsFile
 from gpu_worker.cpu.registry import family_class
-from gpu_worker.model_tools import fp8_blocks
+from gpu_worker.model_tools import fp8_blocks, mxfp4_groups
 from gpu_worker.model_tools.seeded_configs import DEFAULT_FAMILY, SEEDED_CONFIGS, Config
 from gpu_worker.model_tools.seeded_drafts import Guesses, SeededDrafts
 from gpu_worker.model_tools.seeded_tokenizer import END_OF_TEXT, END_OF_TURN, write_tokenizer
@@ -53,10 +53,15 @@ def create_seeded_checkpoint(
 ) -> None:
     """Writes a temporary folder and renames it to `folder`. If another process makes `folder`
     meanwhile, that one stays. `changes` are entries of config.json. With `dtype` float8_e4m3fn,
-    projections are block-scaled FP8, as DeepSeek publishes them, and the rest is bfloat16.
-    `guesses`: it gets a layer of multi-token prediction. Raises CheckpointError if `folder` has a
-    checkpoint of another family, or if the family has no such layer."""
+    projections are block-scaled FP8, as DeepSeek publishes them, and the rest is bfloat16; with
+    float4_e2m1fn_x2, gpt-oss's experts are MXFP4, of sizes rounded up to whole groups. `guesses`:
+    it gets a layer of multi-token prediction. Raises CheckpointError if `folder` has a checkpoint
+    of another family, or if the family has no such layer or format."""
     config = SEEDED_CONFIGS[family] | changes
+    if dtype is mxfp4_groups.CODES:
+        if family != "gpt_oss":
+            raise CheckpointError(f"no checkpoint of {family} is in MXFP4; choose another dtype")
+        config = mxfp4_groups.with_whole_groups(config)
     if guesses is not None:
         config |= {NUM_DRAFT_LAYERS: 1}
     if (folder / "config.json").exists():
@@ -80,9 +85,10 @@ def create_seeded_checkpoint(
 
 def _dtype_entries(dtype: torch.dtype) -> Config:
     """Of config.json."""
-    if dtype is not fp8_blocks.CODES:
-        return {"dtype": str(dtype).removeprefix("torch.")}
-    return {"dtype": "bfloat16", "quantization_config": fp8_blocks.CONFIG}
+    for quantised in (fp8_blocks, mxfp4_groups):
+        if dtype is quantised.CODES:
+            return {"dtype": "bfloat16", "quantization_config": quantised.CONFIG}
+    return {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def _write_config(folder: Path, config: Config) -> None:
@@ -119,23 +125,22 @@ def _write_weights(
     if guesses is not None and (draft := draft_names(spec)) is not None:
         drafts = SeededDrafts(spec, draft, guesses)
     shards = _split(shapes, num_shards)
-    dtypes = {name: _dtype_of(name, shape, dtype) for name, shape in shapes.items()}
-    scale_shapes = {
-        fp8_blocks.scales_name(name): fp8_blocks.scales_shape(shapes[name])
-        for name, of_tensor in dtypes.items()
-        if of_tensor is fp8_blocks.CODES
-    }
-    dtypes |= dict.fromkeys(scale_shapes, torch.float32)
     weight_map: dict[str, str] = {}
     with ExitStack() as stack:
         files: dict[str, SafetensorsFile] = {}
         for index, names in enumerate(shards):
             file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
             path = folder / (file_name if len(shards) > 1 else SINGLE_FILE)
-            scales = [s for s in map(fp8_blocks.scales_name, names) if s in scale_shapes]
-            of_file = {name: shapes[name] for name in names}
-            of_file |= {name: scale_shapes[name] for name in scales}
-            file = SafetensorsFile(path, of_file, dtypes)
+            of_file = {
+                stored: part
+                for name in names
+                for stored, part in _stored_parts(name, shapes[name], dtype).items()
+            }
+            file = SafetensorsFile(
+                path,
+                {name: part.shape for name, part in of_file.items()},
+                {name: part.dtype for name, part in of_file.items()},
+            )
             files |= dict.fromkeys(of_file, stack.enter_context(file))
             weight_map |= dict.fromkeys(of_file, file_name)
 
@@ -144,12 +149,9 @@ def _write_weights(
             drawn = _random_tensor(source, shapes[name], seed)
             if drafts is not None:
                 drawn = drafts.edited(name, drawn)
-            values = torch.from_numpy(drawn)
-            if dtypes[name] is not fp8_blocks.CODES:
-                return files[name].write(name, values.to(dtypes[name]))
-            codes, scales = fp8_blocks.quantise(values)
-            scales_name = fp8_blocks.scales_name(name)
-            return files[name].write(name, codes) + files[name].write(scales_name, scales)
+            parts = _stored_parts(name, shapes[name], dtype)
+            values = _stored_values(torch.from_numpy(drawn), parts)
+            return sum(files[s].write(s, v) for s, v in zip(parts, values, strict=True))
 
         total_bytes = 0
         writing = stack.enter_context(closing(_on_all_cores(write, list(shapes))))
@@ -162,13 +164,36 @@ def _write_weights(
         _write_json(folder / INDEX_FILE, index_json)
 
 
-def _dtype_of(name: str, shape: Shape, dtype: torch.dtype) -> torch.dtype:
-    """As published."""
+class _Part(NamedTuple):
+    """A tensor in a file."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+
+def _stored_parts(name: str, shape: Shape, dtype: torch.dtype) -> dict[str, _Part]:
+    """What stands for a tensor of the model in a checkpoint that is published in `dtype`."""
     if name.endswith("correction_bias"):
-        return torch.float32
-    if dtype is fp8_blocks.CODES and not fp8_blocks.is_quantised(name, shape):
-        return torch.bfloat16
-    return dtype
+        return {name: _Part(shape, torch.float32)}
+    if dtype is fp8_blocks.CODES and fp8_blocks.is_quantised(name, shape):
+        scales = _Part(fp8_blocks.scales_shape(shape), torch.float32)
+        return {name: _Part(shape, dtype), fp8_blocks.scales_name(name): scales}
+    if dtype is mxfp4_groups.CODES and mxfp4_groups.is_quantised(name):
+        scales = _Part(mxfp4_groups.scales_shape(shape), torch.uint8)
+        blocks = _Part(mxfp4_groups.blocks_shape(shape), torch.uint8)
+        return {mxfp4_groups.blocks_name(name): blocks, mxfp4_groups.scales_name(name): scales}
+    is_code = dtype in (fp8_blocks.CODES, mxfp4_groups.CODES)
+    return {name: _Part(shape, torch.bfloat16 if is_code else dtype)}
+
+
+def _stored_values(values: torch.Tensor, parts: dict[str, _Part]) -> tuple[torch.Tensor, ...]:
+    """The values of `parts`, in their order."""
+    first = next(iter(parts.values())).dtype
+    if len(parts) == 1:
+        return (values.to(first),)
+    return (
+        fp8_blocks.quantise(values) if first is fp8_blocks.CODES else mxfp4_groups.quantise(values)
+    )
 
 
 def _on_all_cores(write: Callable[[str], int], names: list[str]) -> Generator[int, None, None]:

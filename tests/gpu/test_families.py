@@ -31,7 +31,7 @@ from gpu_worker.model_tools.seeded_configs import SEEDED_CONFIGS  # noqa: E402
 from shared.clock import SystemClock  # noqa: E402
 from shared.model_spec import read_model_spec  # noqa: E402
 from tests.support.cuda_steps import LoopbackExchange  # noqa: E402
-from tests.unit.gpu_worker.cpu.reference import reference_logits  # noqa: E402
+from tests.unit.gpu_worker.cpu.reference import quantise_mxfp4, reference_logits  # noqa: E402
 from tests.unit.gpu_worker.cpu.runs import Chunk, make_batch, open_ranks  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -180,6 +180,21 @@ def assert_same(logits: torch.Tensor, expected: torch.Tensor, way: str) -> None:
         assert torch.equal(logits, expected), way
     else:
         assert distance(logits, expected.numpy()) < TOLERANCE, way
+
+
+def test_experts_in_mxfp4_give_the_bits_of_their_widened_weights(tmp_path: Path) -> None:
+    """Of one chunk, and of decode."""
+    plain = tmp_path / "plain"
+    sizes = CHECKPOINTS["gpt_oss"] | {"num_hidden_layers": 2}
+    create_seeded_checkpoint(
+        plain, 5, family="gpt_oss", dtype=torch.bfloat16, num_shards=1, **sizes
+    )
+    coded = quantise_mxfp4(plain, tmp_path / "coded")
+    native, widened = decoder_of(coded), decoder_of(plain)
+    cuts = (0, LENGTH - 1, LENGTH)
+    logits = logits_of(native, cuts)
+    assert_same(logits, logits_of(widened, cuts), "widened")
+    assert logits.std() > 1, "logits without spread would agree with anything"
 
 
 def test_every_family_is_covered_here_or_in_a_file_of_its_own() -> None:

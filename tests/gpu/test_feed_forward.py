@@ -19,6 +19,7 @@ if not ON_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, GqaShape
 from gpu_worker.checkpoint.rope import Rope
+from gpu_worker.cuda.experts.expert_form import NumberFormat
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.kernels import residual
 from gpu_worker.cuda.stages.feed_forward import FeedForward
@@ -94,7 +95,7 @@ def layer_weights() -> MoeWeights:
     )
 
 
-def filled_slots(*, scaled: bool = False) -> CudaSlots:
+def filled_slots(number_format: NumberFormat = NumberFormat.PLAIN) -> CudaSlots:
     slots = CudaSlots(
         num_layers=2,
         slots_per_rank=EXPERTS,
@@ -102,7 +103,7 @@ def filled_slots(*, scaled: bool = False) -> CudaSlots:
         inner_size=SIZES.inner_size,
         device=DEVICE,
         dtype=DTYPE,
-        scaled=scaled,
+        number_format=number_format,
     )
     slots.fill_randomly(EXPERTS, std=0.1)
     return slots
@@ -116,12 +117,12 @@ def on_one_rank(slots: CudaSlots) -> MoeStage:
     return LocalMoe(slots, top_k=SIZES.top_k, step_tokens_max=TOKENS)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("number_format", NumberFormat)
 @pytest.mark.parametrize("stage", [around_an_exchange, on_one_rank])
 def test_shared_experts_come_before_the_routed_ones_to_the_bit(
-    stage: Callable[[CudaSlots], MoeStage], scaled: bool
+    stage: Callable[[CudaSlots], MoeStage], number_format: NumberFormat
 ) -> None:
-    slots, layers = filled_slots(scaled=scaled), [layer_weights(), layer_weights()]
+    slots, layers = filled_slots(number_format), [layer_weights(), layer_weights()]
     both, apart = Halves(stage(slots)), Halves(stage(slots))
     shared = GatedMlp(ROOM, hidden_size=HIDDEN, inner_size=SHARED)
     position_T = ints([3, 0, 1, -1, 7, 2])

@@ -31,6 +31,7 @@ from gpu_worker.cuda.kernels import (  # noqa: E402
     indexer,
     latent,
     linear,
+    mxfp4_experts,
     projected_heads,
     residual,
     scaled_experts,
@@ -255,6 +256,40 @@ def test_scaled_experts_are_left_to_warp_groups_and_widened_in_pairs(
         assert "cvt.rn.f16x2.e4m3x2" in text
         assert "cvt.rn.bf16x2.f32" in text
         assert "cvt.rn.bf16.f32" not in text
+
+
+MXFP4 = ["*bf16", "*i32", "*i32", "*i64", "*i32", "*i32", "*i32", "*bf16"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "grouped"),
+    [(16, False), (16, True), (32, True), (64, True), (mxfp4_experts._TALL_ROWS, True)],
+)
+def test_mxfp4_experts_are_left_to_warp_groups_and_widened_where_they_are_multiplied(
+    rows: int, grouped: bool
+) -> None:
+    """A thread reads the words whose codes it multiplies, and what it widens stays with it."""
+    halved = rows >= mxfp4_experts._TALL_ROWS
+    shape = {"HIDDEN": 2880, "INNER": 2880, "BLOCK_T": rows, "GROUPED": grouped, "PADDED": False}
+    shape |= {"HALVED": halved, "BIASED": True, "BY_CARD": True}
+    choice = {"EXPERTS": 0, "BLOCK_E": 1, "CHUNK": 1, "NORMALISE": False}
+    if not grouped:
+        choice = {"EXPERTS": 32, "BLOCK_E": 32, "CHUNK": 32, "NORMALISE": True}
+    tile = mxfp4_experts._GROUPED if grouped else mxfp4_experts._UNGROUPED
+    tile = mxfp4_experts._TALL if halved else tile
+    shape |= {"BLOCK_C": tile.columns, "BLOCK_K": tile.depth}
+    for kernel, kinds, more in (
+        (mxfp4_experts._gate_up, [*MXFP4, *CHOICE, "*bf16"], choice | {"DIVISOR": 4}),
+        (mxfp4_experts._down, [*MXFP4, "*bf16"], {}),
+    ):
+        constants = shape | more | ({"CLAMPED": True} if more else {})
+        found = assembled(kernel, kinds, constants, tile.warps, tile.stages)
+        assert_of_warp_groups(
+            set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[.\w]*", found["ptx"]))
+        )
+        assert "fma.rn.bf16x2" in found["ptx"]
+        moved = re.findall(r"ttg.convert_layout .* : tensor<(\w+),", found["ttgir"])
+        assert f"{tile.columns}x{tile.depth}xbf16" not in moved
 
 
 @pytest.mark.parametrize("rows", [16, 32])

@@ -47,7 +47,7 @@ _CHECKSUM = np.dtype("<i8")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCacheHeader:
     """What a cache holds. An expert has `num_values` values of `dtype`, which are bytes if it is
-    block-scaled FP8. Layers are MoE layers.
+    block-scaled FP8 or MXFP4. Layers are MoE layers.
     `form` is the version of the cache's own layout. `folder` is only for error messages."""
 
     folder: str

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint
 from gpu_worker.checkpoint.mlp_names import USUAL_NAMES, MlpNames
-from gpu_worker.cuda.experts.expert_form import ExpertForm
+from gpu_worker.cuda.experts.expert_form import ExpertForm, NumberFormat
 from gpu_worker.cuda.weights.scaled_blocks import BLOCK
 from gpu_worker.cuda.weights.weight_reader import copy_onto_host
 
@@ -45,7 +45,12 @@ class ExpertReader:
         self._prefix_of = prefix_of
         self._matrix_names = matrix_names
         inner, hidden = checkpoint.shape(_names(prefix_of(0, 0), matrix_names)[0])
-        self.form = ExpertForm(hidden_size=hidden, inner_size=inner, dtype=dtype, scaled=scaled)
+        self.form = ExpertForm(
+            hidden_size=hidden,
+            inner_size=inner,
+            dtype=dtype,
+            number_format=NumberFormat.FP8 if scaled else NumberFormat.PLAIN,
+        )
 
     def read(self, layer: int, expert: int, out_N: Tensor) -> None:
         gate_up_JH, down_HI, *scales = self.form.split(out_N)

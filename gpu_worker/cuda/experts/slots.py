@@ -13,15 +13,10 @@ from torch import Tensor
 
 from gpu_worker.checkpoint.slot_ledger import SlotLedger
 from gpu_worker.cuda.experts.checksum import checksum
-from gpu_worker.cuda.experts.expert_form import ExpertForm
+from gpu_worker.cuda.experts.expert_form import ExpertForm, NumberFormat
 from gpu_worker.cuda.streams import on_stream
-from gpu_worker.cuda.weights.scaled_blocks import (
-    CODES,
-    CODES_STD,
-    Matrix,
-    ScaledBlocks,
-    fill_codes,
-)
+from gpu_worker.cuda.weights.mxfp4_matrix import ExpertMatrix, Mxfp4Matrix
+from gpu_worker.cuda.weights.scaled_blocks import CODES_STD, ScaledBlocks, fill_codes
 from shared.types import EMPTY_SLOT
 
 
@@ -55,9 +50,9 @@ class _LoadStreams(NamedTuple):
 
 
 class CudaSlots:
-    """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up). If `form.scaled`, the
-    weights are codes, and have scales `[L, S, …]` as in `ScaledBlocks`; if `form.biased`, they have
-    biases. Otherwise those are None.
+    """MoE layers L, slots S, hidden H, inner I, J = 2I (gate, then up; in MXFP4 eight rows of each
+    in turn). If `form.has_scales`, the weights are codes as in `ScaledBlocks` or `Mxfp4Matrix`, and
+    have scales `[L, S, …]`; if `form.biased`, they have biases. Otherwise those are None.
 
     No table that a running step reads may name a slot that an upload writes. The planner ensures
     this: it names a slot only after `contents` shows its expert.
@@ -72,7 +67,7 @@ class CudaSlots:
         inner_size: int,
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
-        scaled: bool = False,
+        number_format: NumberFormat = NumberFormat.PLAIN,
         biased: bool = False,
     ) -> None:
         leading = (num_layers, slots_per_rank)
@@ -80,7 +75,7 @@ class CudaSlots:
             hidden_size=hidden_size,
             inner_size=inner_size,
             dtype=dtype,
-            scaled=scaled,
+            number_format=number_format,
             biased=biased,
         )
         self.device = device
@@ -89,10 +84,10 @@ class CudaSlots:
             for part in form.parts
         ]
         self.w_gate_up_LSJH, self.w_down_LSHI = self.parts[:2]
-        self.gate_up_scales = self.parts[2] if form.scaled else None
-        self.down_scales = self.parts[3] if form.scaled else None
-        self.b_gate_up_LSJ = self.parts[2] if form.biased else None
-        self.b_down_LSH = self.parts[3] if form.biased else None
+        self.gate_up_scales = self.parts[2] if form.has_scales else None
+        self.down_scales = self.parts[3] if form.has_scales else None
+        self.b_gate_up_LSJ = self.parts[-2] if form.biased else None
+        self.b_down_LSH = self.parts[-1] if form.biased else None
         self.num_layers, self.slots_per_rank = leading
         self._ledger = SlotLedger(num_layers, slots_per_rank)
         self._streams: _LoadStreams | None = None
@@ -105,13 +100,19 @@ class CudaSlots:
         """A copy, `[L, S]`: the expert that each slot holds completely, or EMPTY_SLOT."""
         return self._ledger.contents
 
-    def gate_up(self, layer: int) -> Matrix:
+    def gate_up(self, layer: int) -> ExpertMatrix:
         """`[S, 2I, H]`, for the kernels."""
-        return _weights(self.w_gate_up_LSJH[layer], self.gate_up_scales, layer)
+        return self._matrix(self.w_gate_up_LSJH, self.gate_up_scales, layer)
 
-    def down(self, layer: int) -> Matrix:
+    def down(self, layer: int) -> ExpertMatrix:
         """`[S, H, I]`, for the kernels."""
-        return _weights(self.w_down_LSHI[layer], self.down_scales, layer)
+        return self._matrix(self.w_down_LSHI, self.down_scales, layer)
+
+    def _matrix(self, weights_LS: Tensor, scales_LS: Tensor | None, layer: int) -> ExpertMatrix:
+        if scales_LS is None:
+            return weights_LS[layer]
+        of_format = ScaledBlocks if self.form.number_format is NumberFormat.FP8 else Mxfp4Matrix
+        return of_format(weights_LS[layer], scales_LS[layer])
 
     def begin_load(self, wanted_LS: NDArray[np.int16]) -> list[SlotAssignment]:
         """Marks slots that are wanted EMPTY as empty. Returns the wanted assignments that are
@@ -143,14 +144,9 @@ class CudaSlots:
     def fill_randomly(self, num_experts: int, *, std: float) -> None:
         """Puts a random expert e into slot e of every layer, for measurements and tests."""
         for layer in range(self.num_layers):
-            for weights, scales in (
-                (self.w_gate_up_LSJH, self.gate_up_scales),
-                (self.w_down_LSHI, self.down_scales),
-            ):
-                _fill_randomly(weights[layer, :num_experts], std)
-                if scales is not None:
-                    scales[layer, :num_experts] = std / CODES_STD
-            for bias in self.parts[2:] if self.form.biased else ():
+            for matrix in (self.gate_up(layer), self.down(layer)):
+                _fill_randomly(matrix, num_experts, std)
+            for bias in self.parts[-2:] if self.form.biased else ():
                 bias[layer, :num_experts].normal_(std=std)
             for expert in range(num_experts):
                 self._ledger.set(layer, expert, expert)
@@ -192,14 +188,14 @@ def _as_numbers(sums: Sequence[Tensor]) -> list[int]:
     return torch.stack(list(sums)).tolist() if sums else []
 
 
-def _weights(weights: Tensor, scales: Tensor | None, layer: int) -> Matrix:
-    return weights if scales is None else ScaledBlocks(weights, scales[layer])
-
-
-def _fill_randomly(weights: Tensor, std: float) -> None:
+def _fill_randomly(weights: ExpertMatrix, num_experts: int, std: float) -> None:
     """Codes get a deviation of their own: their scales make it `std`."""
-    if weights.dtype != CODES:
-        weights.normal_(std=std)
-        return
-    for expert in weights:
-        fill_codes(expert)
+    if isinstance(weights, Mxfp4Matrix):
+        of_experts = Mxfp4Matrix(weights.codes[:num_experts], weights.scales[:num_experts])
+        of_experts.fill_randomly(std)
+    elif isinstance(weights, ScaledBlocks):
+        for codes in weights.codes[:num_experts]:
+            fill_codes(codes)
+        weights.scales[:num_experts] = std / CODES_STD
+    else:
+        weights[:num_experts].normal_(std=std)

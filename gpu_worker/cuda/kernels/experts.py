@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_worker.cuda.kernels import scaled_experts
+from gpu_worker.cuda.kernels import mxfp4_experts, scaled_experts
 from gpu_worker.cuda.kernels.activation import SILU_GATED, Epilogue, gated, with_bias
 from gpu_worker.cuda.kernels.expert_rows import (
     FusedChoice,
@@ -25,7 +25,8 @@ from gpu_worker.cuda.kernels.expert_rows import (
     ungrouped_row,
 )
 from gpu_worker.cuda.kernels.tall_experts import TALL_ROWS, down_tall, gate_up_tall
-from gpu_worker.cuda.weights.scaled_blocks import Matrix, ScaledBlocks
+from gpu_worker.cuda.weights.mxfp4_matrix import ExpertMatrix, Mxfp4Matrix
+from gpu_worker.cuda.weights.scaled_blocks import ScaledBlocks
 
 __all__ = ["ExpertTile", "FusedChoice", "Rows", "dense_mlp_tile", "down", "gate_up"]
 
@@ -61,7 +62,7 @@ def dense_mlp_tile(rows: int, inner: int) -> ExpertTile:
 
 def gate_up(
     x: torch.Tensor,
-    w_gate_up_SJH: Matrix,
+    w_gate_up_SJH: ExpertMatrix,
     rows: Rows,
     inner_NI: torch.Tensor,
     *,
@@ -73,9 +74,12 @@ def gate_up(
     then up.
 
     If each pair is its own tile, `chosen` lets this kernel choose the slots itself. The choice has
-    the same bits as that of `routing.choose_slots`, and saves its launch. Scaled weights have tiles
-    of their own.
+    the same bits as that of `routing.choose_slots`, and saves its launch. Weights that are codes
+    have tiles of their own.
     """
+    if isinstance(w_gate_up_SJH, Mxfp4Matrix):
+        mxfp4_experts.gate_up(x, w_gate_up_SJH, rows, inner_NI, epilogue, chosen=chosen)
+        return
     if isinstance(w_gate_up_SJH, ScaledBlocks):
         assert epilogue == SILU_GATED, "scaled experts have no other epilogue"
         scaled_experts.gate_up(x, w_gate_up_SJH, rows, inner_NI, chosen=chosen)
@@ -107,7 +111,7 @@ def gate_up(
 
 def down(
     inner_NI: torch.Tensor,
-    w_down_SHI: Matrix,
+    w_down_SHI: ExpertMatrix,
     rows: Rows,
     y_NH: torch.Tensor,
     *,
@@ -115,6 +119,9 @@ def down(
     tile: ExpertTile | None = None,
 ) -> None:
     """`y = w_down inner`, per row in the weights of its slot, plus the bias of `epilogue`."""
+    if isinstance(w_down_SHI, Mxfp4Matrix):
+        mxfp4_experts.down(inner_NI, w_down_SHI, rows, y_NH, epilogue)
+        return
     if isinstance(w_down_SHI, ScaledBlocks):
         assert epilogue == SILU_GATED, "scaled experts have no other epilogue"
         scaled_experts.down(inner_NI, w_down_SHI, rows, y_NH)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gpu_worker.cuda.experts.expert_form import NumberFormat
 from gpu_worker.cuda.experts.slots import CudaSlots
 from gpu_worker.cuda.kernels import experts, pair_order, residual, routing, scaled_rows
 from gpu_worker.cuda.kernels.activation import Epilogue
@@ -26,6 +27,8 @@ _UNGROUPED_TOKENS_MAX = 4
 """With so few tokens each pair is its own tile, because two tokens seldom share an expert."""
 _TILE_ROWS = ((1536, TALL_ROWS), (256, 64), (0, 16))
 """(tokens of a step, rows of its tiles): with many tokens a slot has enough rows for tall tiles."""
+_MXFP4_TILE_ROWS = ((1536, TALL_ROWS), (256, 64), (96, 32), (0, 16))
+"""Codes are widened once a tile, so that a second one of a slot costs more than empty rows."""
 _ORDERED_PAIRS_MIN = 2048
 """With so many pairs, three kernels that count are faster than one that compares all of them."""
 
@@ -150,7 +153,9 @@ class LocalMoe:
             return None
         num_slots = self._slots.slots_per_rank
         if tokens not in self._tiles:
-            tile_rows = next(rows for least, rows in _TILE_ROWS if tokens >= least)
+            is_mxfp4 = self._slots.form.number_format is NumberFormat.MXFP4
+            heights = _MXFP4_TILE_ROWS if is_mxfp4 else _TILE_ROWS
+            tile_rows = next(rows for least, rows in heights if tokens >= least)
             self._tiles[tokens] = routing.new_slot_tiles(
                 slots_TK.numel(), num_slots, tile_rows, slots_TK.device
             )

@@ -1,6 +1,6 @@
 """gpt-oss's checkpoints for a CUDA rank's decoder: attention sinks, a sliding window in some
-layers, and experts with biases and a clamped activation, which are stored together. MXFP4 is
-widened."""
+layers, and experts with biases and a clamped activation, which are stored together, in MXFP4 as
+published."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
 from gpu_worker.checkpoint.gpt_oss_config import gpt_oss_moe_shapes, read_gpt_oss_windows
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_NONE, read_gqa_shape
-from gpu_worker.cuda.experts.fused_expert_reader import FusedExpertReader
+from gpu_worker.cuda.experts.fused_expert_reader import FusedExpertReader, are_in_mxfp4
 from gpu_worker.cuda.weights.common_weights import decoder_sizes, raise_if_not_silu
 from gpu_worker.cuda.weights.decoder_layout import DecoderLayout
 from gpu_worker.cuda.weights.decoder_sizes import Routing
@@ -67,7 +67,8 @@ class GptOssMoe:
         def prefix_of(moe_layer: int) -> str:
             return f"{_prefix(moe_layers[moe_layer])}.experts"
 
-        return FusedExpertReader(checkpoint, prefix_of, dtype)
+        in_mxfp4 = are_in_mxfp4(checkpoint, self.expert_prefixes)
+        return FusedExpertReader(checkpoint, prefix_of, dtype, in_mxfp4=in_mxfp4)
 
 
 def _prefix(layer: int) -> str:

@@ -153,6 +153,10 @@ def test_the_bytes_of_an_expert_follow_from_the_format_of_the_checkpoint(tmp_pat
     assert bytes_per_expert(checkpoint(tmp_path, **fp8(64))) == 2 * codes, "widened on load"
     answer = report("--model", str(tmp_path), "--ranks", "16", "--nodes", "2", "--redundant", "0")
     assert answer["memory"]["bytes_per_expert"] == 2 * codes  # type: ignore[index]
+    mxfp4 = {"quantization_config": {"quant_method": "mxfp4"}}
+    assert bytes_per_expert(checkpoint(tmp_path, **mxfp4)) == codes // 2 + codes // 32
+    odd = checkpoint(tmp_path, moe_intermediate_size=2040, **mxfp4)
+    assert bytes_per_expert(odd) == 2 * 3 * 7168 * 2040, "no whole groups"
 
 
 def test_cards_that_are_too_small_are_refused_with_the_ranks_that_would_do(tmp_path: Path) -> None:

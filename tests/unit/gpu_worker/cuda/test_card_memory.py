@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gpu_worker.cuda.card_memory import CardMemory
-from gpu_worker.cuda.experts.expert_form import ExpertForm
+from gpu_worker.cuda.experts.expert_form import ExpertForm, NumberFormat
 from shared.errors import ConfigError
 
 FORM = ExpertForm(hidden_size=7168, inner_size=2048, dtype=torch.bfloat16)
-SCALED = replace(FORM, scaled=True)
+SCALED = replace(FORM, number_format=NumberFormat.FP8)
 NEEDED = CardMemory(
     form=FORM,
     num_layers=58,
@@ -28,6 +28,14 @@ def test_fp8_takes_half_the_bytes_and_its_scales() -> None:
     codes = 3 * 7168 * 2048
     assert FORM.num_bytes == 2 * codes
     assert SCALED.num_bytes == codes + 4 * (codes // 128**2)
+
+
+def test_mxfp4_takes_a_quarter_of_the_bytes_and_its_scales() -> None:
+    codes = 3 * 7168 * 2048 // 2
+    in_mxfp4 = replace(FORM, number_format=NumberFormat.MXFP4)
+    assert in_mxfp4.num_bytes == codes + codes // 16
+    with pytest.raises(ConfigError, match=r"16 slots of experts in MXFP4 21\.7 GB"):
+        replace(NEEDED, form=in_mxfp4).check(40_000_000_000)
 
 
 def test_what_fits_is_not_refused() -> None:

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.cuda.experts.checksum import checksum, checksum_of
-from gpu_worker.cuda.experts.expert_form import ExpertForm
+from gpu_worker.cuda.experts.expert_form import ExpertForm, NumberFormat
 
 HIDDEN, INNER = 24, 40
 PLAIN = ExpertForm(hidden_size=HIDDEN, inner_size=INNER, dtype=torch.bfloat16)
 BIASED = replace(PLAIN, biased=True)
 NUM_VALUES = BIASED.num_values
-SCALED = ExpertForm(hidden_size=272, inner_size=16, dtype=torch.bfloat16, scaled=True)
+SCALED = replace(PLAIN, hidden_size=272, inner_size=16, number_format=NumberFormat.FP8)
+MXFP4 = replace(BIASED, hidden_size=160, inner_size=32, number_format=NumberFormat.MXFP4)
 NUM_CODES = 3 * 272 * 16
 
 
@@ -33,14 +34,17 @@ def test_every_flipped_bit_is_noticed(byte: int, bit: int) -> None:
     assert checksum_of(values, BIASED) != known
 
 
+@pytest.mark.parametrize("form", [SCALED, MXFP4], ids=["fp8", "mxfp4"])
 @settings(deadline=None)
-@given(st.integers(0, SCALED.num_bytes - 1), st.integers(0, 7))
-def test_every_flipped_bit_of_codes_and_scales_is_noticed(byte: int, bit: int) -> None:
+@given(byte=st.integers(0, SCALED.num_bytes - 1), bit=st.integers(0, 7))
+def test_every_flipped_bit_of_codes_and_scales_is_noticed(
+    form: ExpertForm, byte: int, bit: int
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    values = torch.randint(0, 256, (SCALED.num_values,), generator=generator, dtype=torch.uint8)
-    known = checksum_of(values, SCALED)
-    values[byte] ^= 1 << bit
-    assert checksum_of(values, SCALED) != known
+    values = torch.randint(0, 256, (form.num_values,), generator=generator, dtype=torch.uint8)
+    known = checksum_of(values, form)
+    values[byte % form.num_bytes] ^= 1 << bit
+    assert checksum_of(values, form) != known
 
 
 @settings(deadline=None)
@@ -75,6 +79,14 @@ def test_a_scaled_expert_lies_in_codes_and_then_scales() -> None:
     assert SCALED.num_bytes == NUM_CODES + 4 * 9
     with pytest.raises(ValueError, match="13092 values"):
         SCALED.split(torch.zeros(NUM_CODES, dtype=torch.uint8))
+
+
+def test_an_expert_in_mxfp4_lies_in_codes_then_scales_then_biases() -> None:
+    parts = MXFP4.split(torch.zeros(MXFP4.num_values, dtype=torch.uint8))
+    shapes = [(64, 80), (160, 16), (2, 64, 4), (1, 160, 4), (64,), (160,)]
+    assert [part.shape for part in parts] == shapes
+    assert [part.dtype for part in parts] == [torch.uint8] * 4 + [torch.bfloat16] * 2
+    assert MXFP4.num_bytes == 3 * 160 * 32 // 2 + 4 * (2 * 64 + 160) + 2 * (64 + 160)
 
 
 def test_an_expert_of_a_dense_model_has_no_weights_and_a_checksum() -> None:

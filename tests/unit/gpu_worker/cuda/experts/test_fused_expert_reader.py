@@ -1,5 +1,5 @@
 """Experts that a layer stores together reach slots as the kernels want them: gate and up apart,
-outputs as rows, biases behind. Runs on the CPU."""
+outputs as rows, biases behind. Those in MXFP4: test_mxfp4_experts. Runs on the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.model_spec import read_model_spec
 from tests.support.fake_clock import FakeClock
-from tests.unit.gpu_worker.cpu.reference import quantise_mxfp4
 
 HIDDEN, INNER, EXPERTS = 64, 32, 4
 SIZES = {
@@ -72,12 +71,6 @@ def check(model: CudaModel, folder: Path, dtype: torch.dtype) -> None:
 def test_slots_hold_what_is_stored(tmp_path: Path, stored: torch.dtype, dtype: torch.dtype) -> None:
     folder = saved(tmp_path / "plain", stored)
     check(loaded(folder, dtype), folder, dtype)
-
-
-def test_mxfp4_becomes_what_it_stands_for(tmp_path: Path) -> None:
-    plain = saved(tmp_path / "plain", torch.bfloat16)
-    coded = quantise_mxfp4(plain, tmp_path / "coded")
-    check(loaded(coded, torch.bfloat16), plain, torch.bfloat16)
 
 
 def test_biases_and_sinks_of_attention_and_routers_are_read(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from gpu_worker.checkpoint.checkpoint import SINGLE_FILE
 from gpu_worker.checkpoint.load_progress import LoadProgress
+from gpu_worker.cuda.experts.expert_form import NumberFormat
 from gpu_worker.cuda.model_loading import CudaModel, load_cuda_model
 from gpu_worker.cuda.weights.scaled_blocks import ScaledBlocks
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
@@ -166,7 +167,7 @@ def test_one_matrix_in_bfloat16_widens_all(folder: Path, tmp_path: Path) -> None
     name = "model.layers.0.mlp.experts.3.up_proj.weight"
     plain = torch.ones(INNER, HIDDEN, dtype=torch.bfloat16)
     model = with_expert(load(changed(folder, tmp_path / "m", {name: plain})))
-    assert not model.slots.form.scaled
+    assert model.slots.form.number_format is NumberFormat.PLAIN
     assert model.slots.w_gate_up_LSJH.dtype == torch.bfloat16
     assert model.slots.w_gate_up_LSJH[SLOT].any()
 
@@ -188,7 +189,7 @@ def test_blocks_of_another_size_are_widened(folder: Path, tmp_path: Path) -> Non
     config["quantization_config"]["weight_block_size"] = [64, 64]
     (other / "config.json").write_text(json.dumps(config))
     widened, scaled = with_expert(load(other)), with_expert(load(folder))
-    assert not widened.slots.form.scaled
+    assert widened.slots.form.number_format is NumberFormat.PLAIN
     down = scaled.slots.down(SLOT[0])
     assert isinstance(down, ScaledBlocks)
     exact = dequantised(down)[SLOT[1]]
