@@ -3,7 +3,9 @@ from a ClusterState. It decides nothing.
 
 *Intended* is the assignment, or the map's row if there is none yet. *Available* is what is both
 intended and resident. A slot that is being loaded holds neither its old expert nor its new one, and
-counts as empty.
+counts as empty. So does one that the rank may be loading for an earlier assignment (`disputed`),
+until it says that it knows the present one: a map that named such a slot would have tokens sent to
+an expert that is gone.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ class Residency:
             resident = expert_map.placement[:, member.rank]
         if resident is None:
             return np.minimum(intended, EMPTY_SLOT)
-        return np.where((intended >= 0) & (intended != resident), EMPTY_SLOT, intended)
+        lacking = (intended != resident) | self._disputed(member)
+        return np.where((intended >= 0) & lacking, EMPTY_SLOT, intended)
 
     def is_settled(self, member: Member) -> bool:
         """Whether it holds all that it was assigned."""
@@ -215,10 +218,53 @@ class Residency:
         """Assignments for the rows that differ from what is intended, or for all rows if
         `force`."""
         return tuple(
-            SlotContents.of(m, row[:, : self.slots([m])[m.rank]], epoch=epoch)
+            self._assignment(m, row, epoch)
             for m, row in wanted.items()
             if force or not np.array_equal(row, self.intended(m))
         )
+
+    def _assignment(self, member: Member, row: Placement, epoch: int) -> SlotContents:
+        num_slots = self.slots([member])[member.rank]
+        before = self.state.assignments.get(member)
+        return SlotContents.of(
+            member,
+            row[:, :num_slots],
+            epoch=epoch,
+            number=1 + ((before.number or 0) if before is not None else 0),
+            disputed=self._disputed_next(member)[:, :num_slots],
+        )
+
+    def _disputed(self, member: Member) -> NDArray[np.bool_]:
+        """Slots that the rank may be loading for an earlier assignment than its present one."""
+        assigned = self.state.assignments.get(member)
+        if assigned is None or not assigned.disputed or self._knows_assignment(member):
+            return np.zeros(self._shape, dtype=bool)
+        try:
+            slots = assigned.disputed_slots()
+        except WireError:
+            return np.ones(self._shape, dtype=bool)
+        result = np.zeros(self._shape, dtype=bool)
+        result[:, : slots.shape[1]] = slots[:, : self._shape[1]]
+        return result
+
+    def _disputed_next(self, member: Member) -> NDArray[np.bool_]:
+        """Those of an assignment that replaces the present one now."""
+        assigned, resident = self.assigned(member), self.resident(member)
+        if assigned is None or resident is None or self._knows_assignment(member):
+            return np.zeros(self._shape, dtype=bool)
+        differs: NDArray[np.bool_] = assigned != resident
+        return self._disputed(member) | differs
+
+    def _knows_assignment(self, member: Member) -> bool:
+        """Whether what the rank says of its slots takes account of its present assignment. Earlier
+        releases do not count, and are believed."""
+        assigned = self.state.assignments.get(member)
+        resident = self.state.residents.get(member)
+        if assigned is None or assigned.number is None:
+            return True
+        if resident is None:
+            return False
+        return resident.number is None or resident.number >= assigned.number
 
     def _links(self, member: Member) -> Iterable[Member]:
         record = self.state.records.get(member)

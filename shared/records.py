@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.codec import pack, pack_plain, unpack, unpack_plain
 from shared.errors import OtherRelease, WireError
@@ -109,6 +110,13 @@ class SlotContents:
     EMPTY_SLOT. An assignment's `epoch` is that of the newest map when it was decided; residents
     have 0. An assignment may name another expert than the map of that epoch does: then an orphan
     replaces a surplus replica after a death.
+
+    A member's assignments are counted from 1 (`number`). Residents have the number of the newest
+    one that the rank knows, 0 before the first, and count what that one has it load as empty
+    already. `disputed` slots of an assignment, `[num_layers, slots_per_rank]` bytes 0 or 1, or none
+    of them if it is empty, are those for which an earlier assignment, which the rank had not said
+    that it knows, wanted another expert than was resident: it may be loading that one. A release
+    that does not count has None.
     """
 
     rank: RankId
@@ -116,10 +124,23 @@ class SlotContents:
     num_layers: int
     slots: bytes
     epoch: Epoch = Epoch(0)
+    number: int | None = None
+    disputed: bytes = b""
 
     @property
     def member(self) -> Member:
         return Member(rank=self.rank, incarnation=self.incarnation)
+
+    def disputed_slots(self) -> NDArray[np.bool_]:
+        """`[num_layers, slots_per_rank]`. Raises WireError if `slots` or `disputed` is
+        malformed."""
+        shape = self.array().shape
+        if not self.disputed:
+            return np.zeros(shape, dtype=bool)
+        flat = np.frombuffer(self.disputed, dtype=np.uint8).astype(bool)
+        if flat.size != np.prod(shape):
+            raise WireError("malformed slot contents: disputed slots are not those of the slots")
+        return flat.reshape(shape)
 
     def array(self) -> Placement:
         """`[num_layers, slots_per_rank]` int16, a fresh writable copy. Raises WireError if `slots`
@@ -130,14 +151,25 @@ class SlotContents:
         return flat.reshape(self.num_layers, -1)
 
     @classmethod
-    def of(cls, member: Member, slots: Placement, *, epoch: int = 0) -> SlotContents:
-        """`slots` is `[num_layers, slots_per_rank]`."""
+    def of(
+        cls,
+        member: Member,
+        slots: Placement,
+        *,
+        epoch: int = 0,
+        number: int | None = None,
+        disputed: NDArray[np.bool_] | None = None,
+    ) -> SlotContents:
+        """`slots` and `disputed` are `[num_layers, slots_per_rank]`."""
+        has_disputed = disputed is not None and disputed.any()
         return cls(
             rank=member.rank,
             incarnation=member.incarnation,
             num_layers=int(slots.shape[0]),
             slots=np.ascontiguousarray(slots, dtype="<i2").tobytes(),
             epoch=Epoch(epoch),
+            number=number,
+            disputed=disputed.tobytes() if disputed is not None and has_disputed else b"",
         )
 
 

@@ -19,12 +19,13 @@ there (`_target`).
                            leaves it out: its lease may have expired although it runs
     link opened            our record again; AdoptMap, if a postponed map can be adopted now
     link broken            SuspectPeer(LINK) if it is a member; our record again
-    assignment             LoadSlots of what differs, one load at a time. HoldEngine first, if it
-                           takes a slot that the engine's map names. Either a newer map empties the
-                           slot, and the engine may be unable to adopt it, or an orphan replaces a
-                           surplus replica after a death; no step can complete anyway. If messages
-                           carry no epoch (`peers_may_lag`), peers that still run an older map use
-                           the slot as well, so a member always holds first
+    assignment             residents again, without what they lose by it; LoadSlots of what
+                           differs, one load at a time. HoldEngine first, if it takes a slot that
+                           the engine's map names. Either a newer map empties the slot, and the
+                           engine may be unable to adopt it, or an orphan replaces a surplus replica
+                           after a death; no step can complete anyway. If messages carry no epoch
+                           (`peers_may_lag`), peers that still run an older map use the slot as
+                           well, so a member always holds first
     slots loaded           residents again; AdoptMap, if a postponed map can be adopted now;
                            LoadSlots if the assignment has changed meanwhile
     map                    AnnounceMap; AdoptMap, or postponed; LoadSlots of what it says, if the
@@ -47,7 +48,7 @@ from numpy.typing import NDArray
 
 from shared.expert_map import ExpertMap, Placement
 from shared.records import RankRecord, SlotContents
-from shared.types import Epoch, Member, RankState, SuspicionReason
+from shared.types import EMPTY_SLOT, Epoch, Member, RankState, SuspicionReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +157,8 @@ class RankMembership:
         self._residents = residents
         self._wanted: Placement | None = None
         self._wanted_epoch = Epoch(0)
+        self._wanted_number = 0
+        self._published: SlotContents | None = None
         self._engine_held_epoch = Epoch(0)
         self._loading: NDArray[np.bool_] | None = None  # which slots
         self._map: ExpertMap | None = None
@@ -190,8 +193,7 @@ class RankMembership:
         actions: list[MembershipAction] = []
         if (self._residents >= 0).any():  # of the process's former incarnation
             # First: what it is assigned when its record appears depends on what it holds.
-            contents = SlotContents.of(self._member, self._residents)
-            actions.append(PutResidents(contents=contents))
+            actions += self._publish_residents()
         return [*actions, PutRecord(record=self.record)]
 
     def on_peer_record(self, record: RankRecord) -> list[MembershipAction]:
@@ -239,14 +241,16 @@ class RankMembership:
             return []
         self._wanted = contents.array()
         self._wanted_epoch = contents.epoch
-        return self._load_if_needed()
+        self._wanted_number = contents.number or 0
+        return self._say_and_load()
 
     def on_slots_loaded(self, residents: Placement) -> list[MembershipAction]:
         """A load ended; `residents` is what the slots hold now."""
         self._loading = None
         self._residents = residents
-        put = PutResidents(contents=SlotContents.of(self._member, residents))
-        return [put, *self._adopt_if_able(), *self._load_if_needed()]
+        self._published = None
+        put = self._publish_residents()
+        return [*put, *self._adopt_if_able(), *self._load_if_needed()]
 
     def on_adopted(self, expert_map: ExpertMap) -> list[MembershipAction]:
         """The engine runs under this map from now on."""
@@ -278,7 +282,7 @@ class RankMembership:
                 AnnounceMap(expert_map=expert_map),
                 *self._drop_gone(),
                 *self._adopt_if_able(),
-                *self._load_if_needed(),
+                *self._say_and_load(),
             ]
         steps = self._adopted is not None and not self._peers_may_lag
         if steps and expert_map.is_planned:
@@ -313,10 +317,8 @@ class RankMembership:
     def on_lease_granted(self, lease_id: int) -> list[MembershipAction]:
         """The keys of the old lease are gone; publish them again under this one."""
         self.record = replace(self.record, lease_id=lease_id)
-        return [
-            PutRecord(record=self.record),
-            PutResidents(contents=SlotContents.of(self._member, self._residents)),
-        ]
+        self._published = None
+        return [PutRecord(record=self.record), *self._publish_residents()]
 
     def _drop_gone(self) -> list[MembershipAction]:
         newest = self._postponed_map or self._map
@@ -347,6 +349,26 @@ class RankMembership:
     def _publish_links(self, *, urgent: bool = True) -> list[MembershipAction]:
         self.record = replace(self.record, links=tuple(sorted(self._open)))
         return [PutRecord(record=self.record, urgent=urgent)]
+
+    def _say_and_load(self) -> list[MembershipAction]:
+        """After a change of what the slots shall hold. The control plane first learns which of them
+        are lost: by the next assignment it may want back what a load is about to overwrite."""
+        return [*self._publish_residents(), *self._load_if_needed()]
+
+    def _publish_residents(self) -> list[MembershipAction]:
+        """What the slots hold and go on to hold, unless that was said."""
+        keeps = self._target() == self._residents
+        if self._loading is not None:
+            keeps &= ~self._loading
+        contents = SlotContents.of(
+            self._member,
+            np.where(keeps, self._residents, EMPTY_SLOT),
+            number=self._wanted_number,
+        )
+        if contents == self._published:
+            return []
+        self._published = contents
+        return [PutResidents(contents=contents)]
 
     def _load_if_needed(self) -> list[MembershipAction]:
         if self._loading is not None:
