@@ -12,8 +12,10 @@ STAMPS := $(VENV)/.stamps
 APT_PACKAGES := libibverbs1 libnuma1 libcurl4 gcc libc6-dev
 TORCH := torch==2.13.0
 PLAYWRIGHT := 1.65.2
-# A person sees pip's progress; a log only what went wrong.
-PIP := $(BIN)/python -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo -qq)
+# Hundreds of processes load the project's modules: each would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
+# A person sees pip's progress; a log only what went wrong. Python compiles what is ever imported.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(shell [ -t 2 ] || echo -qq)
 PYTEST := $(BIN)/python -m pytest -q
 # Tests that share no machine resource run side by side, a file in one process.
 SIDE_BY_SIDE := -n auto --dist loadfile
