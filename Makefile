@@ -74,7 +74,7 @@ security: install ## Attacks that must fail, and hostile inputs for some seconds
 	$(call say,attacks)
 	$(PYTEST) $(TWO_AT_ONCE) tests/security
 	$(call say,hostile inputs)
-	$(PYTEST) tests/fuzz
+	$(PYTEST) $(SIDE_BY_SIDE) tests/fuzz
 
 fuzz: install ## Fresh hostile inputs, for MINUTES (60) in all; what finds a fault joins the corpus
 	$(call say,hostile inputs for $(or $(MINUTES),60) minutes)
