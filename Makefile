@@ -12,8 +12,10 @@ STAMPS := $(VENV)/.stamps
 APT_PACKAGES := libibverbs1 libnuma1 libcurl4 gcc libc6-dev
 TORCH := torch==2.13.0
 PLAYWRIGHT := 1.65.2
-# A person sees pip's progress; a log only what went wrong.
-PIP := $(BIN)/python -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo -qq)
+# Hundreds of processes load the project's modules: each would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
+# A person sees pip's progress; a log only what went wrong. Python compiles what is ever imported.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(shell [ -t 2 ] || echo -qq)
 PYTEST := $(BIN)/python -m pytest -q
 # Tests that share no machine resource run side by side, a file in one process.
 SIDE_BY_SIDE := -n auto --dist loadfile
@@ -72,7 +74,7 @@ security: install ## Attacks that must fail, and hostile inputs for some seconds
 	$(call say,attacks)
 	$(PYTEST) $(TWO_AT_ONCE) tests/security
 	$(call say,hostile inputs)
-	$(PYTEST) tests/fuzz
+	$(PYTEST) $(SIDE_BY_SIDE) tests/fuzz
 
 fuzz: install ## Fresh hostile inputs, for MINUTES (60) in all; what finds a fault joins the corpus
 	$(call say,hostile inputs for $(or $(MINUTES),60) minutes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -110,15 +110,24 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imports_of(path: Path) -> Iterator[str]:
+@cache  # more than a thousand tests ask for the same few hundred files
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """All of the file, the module itself first."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
+def imports_of(path: Path) -> tuple[str, ...]:
     """Absolute names of all imported modules, those inside functions included."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    names: list[str] = []
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)}: relative import"
             assert node.module is not None
-            yield node.module
+            names.append(node.module)
+    return tuple(names)
 
 
 def within(module: str, package: str) -> bool:
@@ -198,7 +207,7 @@ def test_only_keys_spells_an_etcd_key() -> None:
     wrong = [
         f"{name_of(path)}:{node.lineno}"
         for path in ALL_SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
         and node.value.startswith("/starfish/")
@@ -213,8 +222,9 @@ def test_only_one_helper_enters_a_cuda_stream() -> None:
     wrong = [
         f"{name_of(path)}:{node.lineno}"
         for path in [*ALL_SOURCES, *sources("benchmarks")]
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.Attribute)
+        and node.attr in ("stream", "StreamContext")
         and ast.unparse(node) in ("torch.cuda.stream", "torch.cuda.StreamContext")
         and name_of(path) != "gpu_worker/cuda/streams.py"
     ]
@@ -234,7 +244,9 @@ def test_placement_is_pure() -> None:
 
 @pytest.mark.parametrize("path", ALL_SOURCES, ids=name_of)
 def test_a_file_opens_by_saying_what_it_owns(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    module = nodes_of(path)[0]
+    assert isinstance(module, ast.Module)
+    assert ast.get_docstring(module)
 
 
 @pytest.mark.parametrize("path", ALL_SOURCES, ids=name_of)
@@ -244,7 +256,7 @@ def test_only_the_clock_and_tools_of_measurement_read_the_time(path: Path) -> No
         return
     calls = [
         f"{name_of(path)}:{node.lineno}"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
         and (node.value.id, node.attr) == ("time", "time")

@@ -20,6 +20,7 @@ import aiohttp
 import pytest
 
 from cli.observe.instance_view import InstanceView
+from cli.observe.read_view import read_view
 from cli.run_dir import read_state
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from shared.embedded_etcd import EmbeddedEtcd
@@ -313,7 +314,9 @@ async def test_a_killed_gateway_takes_only_its_own_streams_with_it(
         assert 0 < num_other < num_streams
         assert [task.result() for task in streams].count(True) == num_other
         # The killed one stays listed until its lease has ended.
-        while len(await gateways_of(run_dir)) != 2:  # noqa: ASYNC110
+        state = read_state(run_dir)
+        assert state is not None
+        while len((await read_view(state.target())).gateways) != 2:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
         assert other["pid"] in pids_of(run_dir, "gateway")
     log = (run_dir / "logs" / "gateway-0.log").read_text()

@@ -98,7 +98,7 @@ def written(
     rng = np.random.default_rng(seed + 1)
     x_TH = rng.standard_normal((num_tokens, LAYOUT.hidden_size), dtype=np.float32)
     message_buffer = fresh_message_buffer()
-    rows, pairs = r.counts_R2[rank].tolist()
+    rows, pairs = r.counts_R2[rank]  # of the type with which it is compiled for the exchange
     packing.write_dispatch(
         *body_of(message_buffer, rows, pairs),
         x_TH,
@@ -109,7 +109,7 @@ def written(
         rows,
         pairs,
     )
-    header = Header(num_tokens, rows, pairs, True, False)
+    header = Header(num_tokens, int(rows), int(pairs), True, False)
     return (
         message_buffer,
         x_TH,
