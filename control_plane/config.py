@@ -68,8 +68,8 @@ class ControlPlaneConfig:
     heal_budget_mb: int = option(256, "weights that one step of healing may move")
     drain_stragglers_after_s: float = option(
         0.0,
-        "drain a rank for which the others have waited for so long, a fifth of each step and 20 ms "
-        "or more; it stays out until `starfish undrain`. 0: never",
+        "drain a rank for which the others have waited for so long, two fifths of each step and 20 "
+        "ms or more; it stays out until `starfish undrain`. 0: never",
     )
     rebalance: bool = option(
         True,

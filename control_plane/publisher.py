@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable
 
 import structlog
 
@@ -28,16 +29,24 @@ log = structlog.get_logger()
 _VERDICT_TTL_S = 600.0
 _VERDICT_LEASE_AGE_S = 60.0
 _RETRY_S = (0.1, 0.5)
+_PATIENCE_S = (0.5, 4.0)
+"""For an answer to a write: at first, and at most. A write that a member of etcd has handed to a
+leader which has just died is never answered, though another leader is there after some 0.3 s. Each
+write after one without an answer waits twice as long, for etcd may only be slow."""
 
 
 class Publisher:
     """`run` always has a recent lease ready, so that a verdict needs no extra round trip. A
     verdict's lease is never renewed: it expires about _VERDICT_TTL_S after the verdict."""
 
-    def __init__(self, store: Store, keys: Keys, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, keys: Keys, clock: Clock, patience_s: tuple[float, float] = _PATIENCE_S
+    ) -> None:
         self._store = store
         self._keys = keys
         self._clock = clock
+        self._first_patience_s, self._longest_patience_s = patience_s
+        self._patience_s = self._first_patience_s
         self._verdict_lease_id = 0
 
     async def run(self) -> None:
@@ -68,7 +77,7 @@ class Publisher:
             compare += [self._is_stopped(v, state) for v in stopped_verdicts(write, state)]
         operations = self._operations(write)
         try:
-            revision = await self._store.txn(compare, operations)
+            revision = await self._answer_in_time(self._store.txn(compare, operations))
         except LeaseLost:
             await self.grant_verdict_lease()
             raise
@@ -80,6 +89,17 @@ class Publisher:
             )
             for operation in operations
         )
+
+    async def _answer_in_time(self, write: Awaitable[int]) -> int:
+        patience_s = self._patience_s
+        self._patience_s = min(2 * patience_s, self._longest_patience_s)
+        try:
+            async with asyncio.timeout(patience_s):
+                revision = await write
+        except TimeoutError as error:
+            raise StoreUnavailable(f"etcd has not answered within {patience_s:g} s") from error
+        self._patience_s = self._first_patience_s
+        return revision
 
     async def reread(self) -> Snapshot:
         """What etcd holds, after a write that failed. Retries until etcd answers."""

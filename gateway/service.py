@@ -348,7 +348,7 @@ def _add_gauges(
     )
     metrics.add_gauge(
         "stragglers",
-        "Ranks for which the others wait in most of each step",
+        "Ranks for which the others wait in two fifths of each step or more",
         lambda: len(driver.stragglers()),
     )
     metrics.add_gauge("epoch", "Epoch of the newest map", lambda: driver.view.epoch)

@@ -177,6 +177,14 @@ class SessionTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatePeer:
+    """How long a rank waits in an average step for a peer that comes later than most."""
+
+    rank: RankId
+    ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """A rank's load, by which the gateway chooses a rank."""
 
@@ -191,6 +199,7 @@ class Load:
     kv_replicas_rejected: int = 0  # kept here for peers, and not what their source had written
     step_ms: float = 0.0  # an average step, and for how much of it this rank waits for peers;
     waited_ms: float = 0.0  # 0: unknown
+    late_peers: tuple[LatePeer, ...] = ()  # the latest ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -141,8 +141,12 @@ class Engine:
 
     def _read_load(self) -> Load:
         timing = self._monitor.timing
-        load = self._scheduler.load()
-        return replace(load, step_ms=timing.step_ms, waited_ms=timing.waited_ms)
+        return replace(
+            self._scheduler.load(),
+            step_ms=timing.step_ms,
+            waited_ms=timing.waited_ms,
+            late_peers=timing.late_peers(),
+        )
 
     def snapshot(self) -> EngineSnapshot:
         return EngineSnapshot(
@@ -280,6 +284,7 @@ class Engine:
             self._fall_behind()
             return
         self._epoch = newest.expert_map.epoch
+        self._monitor.num_members = len(newest.expert_map.members)
         self._replicator.use([m for m in newest.expert_map.members if m != self._member])
         self._set_step(first_step)
         adoption = self._adoptions.record_adoption(

@@ -26,6 +26,7 @@ class EngineMonitor:
         """`cpu_s` gives the CPU seconds that the engine thread has used so far."""
         self.epoch = Epoch(0)
         self.step = Step(0)
+        self.num_members = 1
         self._inbox = inbox
         self._post = post
         self._clock = clock
@@ -62,7 +63,8 @@ class EngineMonitor:
     def beat(self, waiting_for: Sequence[RankId]) -> None:
         self._beat_at = self._clock.now()
         self._waiting_for = waiting_for
-        self.timing.on_beat((self.epoch, self.step), bool(waiting_for), self._beat_at)
+        at = (self.epoch, self.step)
+        self.timing.on_beat(at, waiting_for, self.num_members, self._beat_at)
 
     def suspect(self, rank: RankId, reason: SuspicionReason, detail: str) -> None:
         self._post(

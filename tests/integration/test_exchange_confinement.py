@@ -8,16 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 
-from shared.confinement import confined_environment, listeners_of
+from shared.confinement import confined_environment
+from tests.support.buffer_process import PROGRAM, ROOT, BufferProcess
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = (sys.executable, "-m", "tests.support.exposed_memory")
 LIMIT_S = 60
 CONNECT_PROGRAM = """
 import socket, sys
@@ -27,40 +25,6 @@ try:
 except ConnectionRefusedError:
     print("refused")
 """
-
-
-class BufferProcess:
-    """A process with registered memory."""
-
-    def __init__(self, host: str, environment: Mapping[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [*PROGRAM, "hold_buffer", host],
-            cwd=ROOT,
-            env=dict(environment),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        place = self._read()
-        self.port = int(place["name"].rpartition(":")[2])
-        self.address = int(place["address"])
-        self.listeners = listeners_of(self._process.pid)
-
-    def is_intact(self) -> bool:
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return bool(self._read()["intact"])
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        result: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return result
 
 
 class Network(NamedTuple):

@@ -3,20 +3,15 @@ in the middle of either tells what the undisturbed one tells."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.authentication import client_session
 from tests.support.cluster import Cluster, running_cluster
+from tests.support.fault_streams import run_streams, run_streams_with_kill
 
 MODEL = Path(__file__).parents[2] / "models" / "starling-14m"
 NUM_RANKS = 3
@@ -158,7 +153,6 @@ class Told:
     several at a time. Ids and times are left out, and how much of a prompt was cached."""
 
     def __init__(self) -> None:
-        self.rank = -1
         self.said: list[Any] = []
 
     def take(self, event: dict[str, Any]) -> None:
@@ -200,42 +194,16 @@ def plain(value: Any) -> Any:
     return [plain(each) for each in value] if isinstance(value, list) else value
 
 
-async def run(cluster: Cluster, wanted: Stream, on_event: Callable[[Told], None]) -> list[Told]:
-    async def one(seed: int) -> Told:
-        told = Told()
-        body = {"model": await cluster.model_name(), **wanted.body, "stream": True, "seed": seed}
-        async with (
-            client_session(timeout=aiohttp.ClientTimeout(total=120)) as http,
-            http.post(cluster.url + wanted.path, json=body) as response,
-        ):
-            assert response.status == 200, await response.text()
-            told.rank = int(response.headers["x-starfish-rank"])
-            async for line in response.content:
-                name, _, data = line.decode().strip().partition(": ")
-                if name == "data" and data != "[DONE]":
-                    event = json.loads(data)
-                    assert not event.get("error"), event
-                    told.take(event)
-                    on_event(told)
-        return told
-
-    async with asyncio.TaskGroup() as tasks:
-        streams = [tasks.create_task(one(seed)) for seed in SEEDS]
-    return [stream.result() for stream in streams]
-
-
 @pytest.mark.parametrize("wanted", STREAMS, ids=lambda wanted: wanted.kind)
 async def test_a_death_in_the_middle_is_not_told(cluster: Cluster, wanted: Stream) -> None:
-    pids = await cluster.wait_live(NUM_RANKS)
-    undisturbed = await run(cluster, wanted, lambda told: None)
-    assert all(told.chars(wanted.kind) > wanted.chars for told in undisturbed)
-    killed: list[int] = []
+    def is_in_the_middle(told: Told) -> bool:
+        return told.chars(wanted.kind) > wanted.chars
 
-    def kill_in_the_middle(told: Told) -> None:
-        if not killed and told.chars(wanted.kind) > wanted.chars:
-            killed.append(told.rank)
-            os.kill(pids[told.rank], signal.SIGKILL)
-
-    disturbed = await run(cluster, wanted, kill_in_the_middle)
-    assert killed
+    await cluster.wait_live(NUM_RANKS)
+    streams = (cluster, wanted.path, wanted.body, Told, SEEDS)
+    undisturbed = await run_streams(*streams)
+    assert all(is_in_the_middle(told) for told in undisturbed)
+    disturbed = await run_streams_with_kill(
+        *streams, num_ranks=NUM_RANKS, is_in_the_middle=is_in_the_middle
+    )
     assert [told.said for told in disturbed] == [told.said for told in undisturbed]

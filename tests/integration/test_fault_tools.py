@@ -3,24 +3,21 @@ arguments goes on as if nothing had happened."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.support.authentication import client_session
 from tests.support.cluster import Cluster, running_cluster
+from tests.support.fault_streams import run_streams, run_streams_with_kill
 
 MODEL = Path(__file__).parents[2] / "models" / "starling-14m"
 NUM_RANKS = 3
 SEEDS = range(6)
+CHAT = "/v1/chat/completions"
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,7 +48,6 @@ CALLS: dict[str, Any] = {
     "tool_choice": "required",
     "max_tokens": 300,
     "temperature": 0.8,
-    "stream": True,
     "stream_options": {"include_usage": True},
 }
 LIMITED: dict[str, Any] = {
@@ -59,7 +55,6 @@ LIMITED: dict[str, Any] = {
     "bad_words": ["the", "fox", "a", "was"],
     "max_tokens": 64,
     "ignore_eos": True,
-    "stream": True,
 }
 
 
@@ -75,7 +70,6 @@ class Answer:
     """What a client was told, without ids, which are random."""
 
     def __init__(self) -> None:
-        self.rank = -1
         self.content = ""
         self.calls: list[dict[str, str]] = []
         self.call_ids: list[str] = []
@@ -83,7 +77,6 @@ class Answer:
         self.completion_tokens = 0
 
     def take(self, event: dict[str, Any]) -> None:
-        assert "error" not in event, event
         if event.get("usage"):
             self.completion_tokens = event["usage"]["completion_tokens"]
         for choice in event["choices"]:
@@ -108,57 +101,28 @@ class Answer:
 
 
 async def run(
-    cluster: Cluster, body: dict[str, Any], on_event: Callable[[Answer], None]
+    cluster: Cluster, body: dict[str, Any], is_in_the_middle: Callable[[Answer], bool] | None = None
 ) -> list[Answer]:
-    async def one(seed: int) -> Answer:
-        answer = Answer()
-        async with (
-            client_session(timeout=aiohttp.ClientTimeout(total=120)) as http,
-            http.post(
-                f"{cluster.url}/v1/chat/completions", json={**body, "seed": seed}
-            ) as response,
-        ):
-            assert response.status == 200, await response.text()
-            answer.rank = int(response.headers["x-starfish-rank"])
-            async for line in response.content:
-                name, _, data = line.decode().strip().partition(": ")
-                if name == "data" and data != "[DONE]":
-                    answer.take(json.loads(data))
-                    on_event(answer)
-        return answer
-
-    async with asyncio.TaskGroup() as tasks:
-        streams = [tasks.create_task(one(seed)) for seed in SEEDS]
-    return [stream.result() for stream in streams]
-
-
-async def run_with_kill(
-    cluster: Cluster, body: dict[str, Any], is_in_the_middle: Callable[[Answer], bool]
-) -> list[Answer]:
-    """Kills the rank of the first stream that is in the middle, at that moment."""
-    pids = await cluster.wait_live(NUM_RANKS)
-    killed: list[int] = []
-
-    def on_event(answer: Answer) -> None:
-        if not killed and is_in_the_middle(answer):
-            killed.append(answer.rank)
-            os.kill(pids[answer.rank], signal.SIGKILL)
-
-    answers = await run(cluster, body, on_event)
-    assert killed
-    return answers
+    """With a rank killed in the middle, if that is given."""
+    if is_in_the_middle is None:
+        await cluster.wait_live(NUM_RANKS)
+        return await run_streams(cluster, CHAT, body, Answer, SEEDS)
+    return await run_streams_with_kill(
+        *(cluster, CHAT, body, Answer, SEEDS),
+        num_ranks=NUM_RANKS,
+        is_in_the_middle=is_in_the_middle,
+    )
 
 
 async def test_a_call_goes_on_after_the_death_of_its_rank(cluster: Cluster) -> None:
-    await cluster.wait_live(NUM_RANKS)
-    undisturbed = await run(cluster, CALLS, lambda answer: None)
+    undisturbed = await run(cluster, CALLS)
     for answer in undisturbed:
         (call,) = answer.calls
         arguments = json.loads(call["arguments"])
         assert set(arguments) == {"text", "mood"}
         assert 150 <= len(arguments["text"]) <= 200
         assert (answer.finish, answer.content) == ("tool_calls", "")
-    disturbed = await run_with_kill(
+    disturbed = await run(
         cluster, CALLS, lambda answer: bool(answer.calls) and len(answer.calls[0]["arguments"]) > 60
     )
     assert [a.plain() for a in disturbed] == [a.plain() for a in undisturbed]
@@ -166,9 +130,8 @@ async def test_a_call_goes_on_after_the_death_of_its_rank(cluster: Cluster) -> N
 
 
 async def test_bad_words_stay_banned_after_the_death_of_a_rank(cluster: Cluster) -> None:
-    await cluster.wait_live(NUM_RANKS)
-    undisturbed = await run(cluster, LIMITED, lambda answer: None)
+    undisturbed = await run(cluster, LIMITED)
     for answer in undisturbed:
         assert not {"the", "fox", "a", "was"} & set(answer.content.split())
-    disturbed = await run_with_kill(cluster, LIMITED, lambda answer: len(answer.content) > 80)
+    disturbed = await run(cluster, LIMITED, lambda answer: len(answer.content) > 80)
     assert [a.plain() for a in disturbed] == [a.plain() for a in undisturbed]

@@ -1,5 +1,5 @@
 """A whole instance as `starfish up` starts it, attacked at its control ports: by a stranger, and by
-a process that has the secret and says too much."""
+a process that has the secret and says too much. And at Mooncake's ports, by another user."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cli.run_dir import read_state
 from cli.up.model import shipped_model
 from gpu_worker.engine.engine import STRANDED_S
 from shared.api_key import new_api_key
+from shared.confinement import listeners_of
 from shared.etcd_store import connect_store
 from shared.handshake import Access, Caller, introduce, rank_caller
 from shared.keys import Keys
@@ -29,6 +30,7 @@ from tests.support.cluster import Cluster, ports_in_a_row, running_cluster
 from tests.support.metrics import metric_value
 
 FORGED = Epoch(1 << 40)
+NOBODY = 65534
 
 
 async def records_of(cluster: Cluster) -> dict[int, RankRecord]:
@@ -157,6 +159,31 @@ async def expect_prompt(cluster: Cluster) -> None:
     assert time.monotonic() - began < STRANDED_S / 2
 
 
+async def expect_other_users_kept_out(cluster: Cluster, control_ports: set[int]) -> None:
+    """Of Mooncake's ports, whatever they say there, while streams go on."""
+    members = await cluster.live_ranks()
+    ports = {listener.port for pid in members.values() for listener in listeners_of(pid)}
+    ports -= control_ports
+    assert len(ports) >= 2 * len(members)
+    expected = await cluster.stream([5, 6, 7], max_tokens=64)
+    attack = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.support.data_port_attack", str(NOBODY)),
+        *map(str, ports),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert attack.stdout is not None
+    told = asyncio.ensure_future(attack.stdout.readline())
+    try:
+        while not told.done():
+            assert await cluster.stream([5, 6, 7], max_tokens=64) == expected
+        assert json.loads(await told) == {str(port): [] for port in ports}
+        await expect_prompt(cluster)
+        assert await cluster.live_ranks() == members
+    finally:
+        await attack.communicate(b"")  # closes its input
+
+
 @pytest.mark.timeout(240)
 async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
@@ -192,6 +219,8 @@ async def test_an_instance_goes_on_whatever_is_said_to_its_control_ports(tmp_pat
                 [StatusQuery(nonce=1)],
             )
         await expect_prompt(cluster)
+        if os.geteuid() == 0:  # nobody else can act as another user
+            await expect_other_users_kept_out(cluster, {r.control_port for r in records.values()})
 
         # With the secret, as a member: a map that nobody has published is not believed.
         for attacked, forger in ((records[0], records[1]), (records[1], records[0])):

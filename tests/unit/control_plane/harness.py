@@ -54,7 +54,7 @@ from shared.types import (
     Step,
     SuspicionReason,
 )
-from shared.wire import Load, Pong
+from shared.wire import LatePeer, Load, Pong
 from tests.support.fake_clock import FakeClock
 from tests.support.memory_store import MemoryEtcd
 
@@ -107,7 +107,8 @@ class Rank:
         self.registered = False
         self.sessions = 0
         self.step = Step(0)
-        self.step_ms = self.waited_ms = 0.0  # 0: it takes no steps
+        self.step_ms = 0.0  # 0: it takes no steps
+        self.late_peers: tuple[LatePeer, ...] = ()
         self.lease_id = harness.etcd.grant(TTL_S)
         self.record = RankRecord(
             rank=member.rank,
@@ -465,7 +466,7 @@ class ControlPlaneHarness:
             engine_age_ms=0.0,
             waiting_for=(),
             load=replace(
-                LOAD, running=rank.sessions, step_ms=rank.step_ms, waited_ms=rank.waited_ms
+                LOAD, running=rank.sessions, step_ms=rank.step_ms, late_peers=rank.late_peers
             ),
             out_of_step=rank.out_of_step,
         )

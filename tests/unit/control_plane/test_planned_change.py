@@ -21,6 +21,7 @@ from shared.desired_state import AfterDrain, DesiredState
 from shared.records import AgentRecord, Verdict, pack_record
 from shared.store import Put
 from shared.types import Incarnation, Member, NodeId, RankId, SuspicionReason
+from shared.wire import LatePeer
 from tests.unit.control_plane.harness import ControlPlaneHarness, spec
 
 
@@ -334,7 +335,8 @@ def test_below_capacity_an_instance_can_be_made_larger() -> None:
 def step_with(harness: ControlPlaneHarness, *slow: int) -> None:
     """The others wait 80 of the 100 ms of a step for these ranks."""
     for rank in harness.ranks.values():
-        rank.step_ms, rank.waited_ms = 100.0, 0.0 if rank.member.rank in slow else 80.0
+        rank.step_ms = 100.0
+        rank.late_peers = tuple(LatePeer(rank=RankId(each), ms=80.0) for each in slow)
 
 
 def test_a_rank_that_holds_the_others_up_for_long_is_drained_and_stays_out() -> None:

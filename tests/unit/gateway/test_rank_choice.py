@@ -9,7 +9,7 @@ import pytest
 from gateway.rank_choice import RankChooser
 from gateway.routing_policy import CACHED_TOKEN_WEIGHT
 from shared.types import Incarnation, Member, RankId
-from shared.wire import Load
+from shared.wire import LatePeer, Load
 
 PROMPT = tuple(range(100))
 
@@ -94,8 +94,9 @@ def test_a_silent_rank_attracts_nothing_while_another_lives() -> None:
 
 def test_a_rank_that_the_others_wait_for_gets_no_more() -> None:
     ranks = router(3)
-    for rank, waited_ms in enumerate((2.0, 80.0, 81.0)):
-        steps = replace(load(tokens=100 * rank), step_ms=100.0, waited_ms=waited_ms)
+    late = (LatePeer(rank=RankId(0), ms=78.0),)
+    for rank in range(3):
+        steps = replace(load(tokens=100 * rank), step_ms=100.0, late_peers=late if rank else ())
         ranks.on_load(member(rank), steps)
     assert ranks.stragglers() == {member(0): 78.0}
     assert ranks.choose(PROMPT) == member(1)
