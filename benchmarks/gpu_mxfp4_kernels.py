@@ -24,6 +24,7 @@ _SHORT_TILES = (
     Mxfp4Tile(64, 128, 4, 3),
     Mxfp4Tile(64, 128, 4, 4),
     Mxfp4Tile(64, 256, 4, 2),
+    Mxfp4Tile(64, 256, 4, 3),
     Mxfp4Tile(128, 128, 4, 2),
     Mxfp4Tile(128, 128, 4, 3),
 )
