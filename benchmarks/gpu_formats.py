@@ -89,7 +89,8 @@ def measure(
         for batch in batches:
             report.run(f"decode_{batch}", partial(decode_by_format, benches, decoders, batch, copy))
         for name, decoder in decoders.items():
-            report.run(f"invariance_{name}", partial(invariance, decoder))
+            rows = min(32, max(batches))
+            report.run(f"invariance_{name}", partial(invariance, decoder, rows))
         del decoders
     if "prefill" in sections:
         context = LENGTHS[-1] + BLOCK_TOKENS

@@ -25,7 +25,8 @@ _SHORT_TILES = (
     Mxfp4Tile(64, 128, 4, 4),
     Mxfp4Tile(64, 256, 4, 2),
     Mxfp4Tile(64, 256, 4, 3),
-    Mxfp4Tile(128, 128, 8, 3),
+    Mxfp4Tile(128, 128, 4, 2),
+    Mxfp4Tile(128, 128, 4, 3),
 )
 _TALL_TILES = (
     Mxfp4Tile(64, 128, 4, 2),

@@ -197,9 +197,11 @@ def test_lone_pairs_choose_for_themselves() -> None:
 
 
 def test_every_code_and_scale_is_widened_to_its_value() -> None:
-    """Through the product with a unit vector, so that a sum has one term. Scales from 2⁻¹²⁷ on, up
-    to the largest that no code makes infinite."""
-    hidden, inner, largest = 256, 128, 252
+    """Through the product with a vector of one value, so that a sum has one term. It is so large
+    that no sum is subnormal; scales are from 2⁻¹²⁷ on up to the largest that makes none infinite.
+    """
+    hidden, inner, value = 256, 128, 2.0**20
+    largest = 252 - 20
     codes = torch.arange(inner // 2, device=DEVICE) + 64 * torch.arange(4, device=DEVICE)[:, None]
     w2 = Mxfp4Matrix(
         codes.to(torch.uint8).repeat(hidden // 4, 1)[None].contiguous(),
@@ -208,5 +210,5 @@ def test_every_code_and_scale_is_widened_to_its_value() -> None:
     )  # fmt: skip
     rows = in_tiles(torch.zeros(inner, 1, dtype=torch.int64, device=DEVICE), 64)
     y = poison(inner, hidden)
-    experts.down(torch.eye(inner, device=DEVICE).to(y.dtype), w2, rows, y)
-    assert torch.equal(y.T.double(), widened(w2)[0])
+    experts.down((value * torch.eye(inner, device=DEVICE)).to(y.dtype), w2, rows, y)
+    assert torch.equal(y.T.double(), value * widened(w2)[0])

@@ -12,7 +12,8 @@ or on the tile that the row is in. This rests on five things:
   on the card. Which positions are added together depends on how the compiler lays operands out;
   tests/gpu/test_instructions.py compares that.
 - Products with block-scaled FP8 weights are all left to warp groups, whatever the tile: see
-  `scaled_experts`. A block's sum is scaled and added by itself, in the order of blocks.
+  `scaled_experts`. A block's sum is scaled and added by itself, in the order of blocks. Those with
+  MXFP4 weights are, too, and add as bfloat16 does: see `mxfp4_experts`.
 - What a small step does in several programs, and a large one in one, is added in the same order:
   split-K parts, splits of attention.
 - Row-wise sums always have the same block shape and number of warps. Latent attention and its

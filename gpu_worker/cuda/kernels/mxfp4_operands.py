@@ -6,32 +6,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_WIDEN_ONE = """
-{shift}
-and.b32 sign, sign, 0x80008000;
-lop3.b32 pair, pair, 0x01C001C0, sign, 0xEA;
+_WIDEN_PAIR = """
+and.b32 pair, {word}, {mask};
+mul.lo.u32 pair, pair, {places};
+and.b32 pair, pair, 0x81C081C0;
 fma.rn.bf16x2 pair, pair, unit, nothing;
 fma.rn.bf16x2 pair, pair, $9, nothing;
 mov.b32 {{${low}, ${high}}}, pair;"""
-_SHIFTS = (
-    "shl.b32 sign, $8, 12; shl.b32 pair, $8, 6;",
-    "shl.b32 sign, $8, 8; shl.b32 pair, $8, 2;",
-    "shl.b32 sign, $8, 4; shr.b32 pair, $8, 2;",
-    "mov.b32 sign, $8; shr.b32 pair, $8, 6;",
+_PAIRS = (  # in the order of bits
+    {"word": "$8", "mask": "0x000F000F", "places": "0x1040"},
+    {"word": "$8", "mask": "0x00F000F0", "places": "0x104"},
+    {"word": "second", "mask": "0x000F000F", "places": "0x1040"},
+    {"word": "second", "mask": "0x00F000F0", "places": "0x104"},
 )
 _WIDEN_WORD = tl.constexpr(
-    "{\n.reg .b32 sign, pair, unit, nothing;\n"
+    "{\n.reg .b32 second, pair, unit, nothing;\nshr.u32 second, $8, 8;\n"
     "mov.b32 unit, 0x7E807E80;\nmov.b32 nothing, 0x80008000;"
     + "".join(
-        _WIDEN_ONE.format(shift=shift, low=2 * place, high=2 * place + 1)
-        for place, shift in enumerate(_SHIFTS)
+        _WIDEN_PAIR.format(**pair, low=2 * place, high=2 * place + 1)
+        for place, pair in enumerate(_PAIRS)
     )
     + "\n}"
 )
 """A word's eight codes to bfloat16, two at a time. A code's bits, put where bfloat16 has its sign,
 two of its exponent and one of its mantissa, are the value times 2⁻¹²⁶, subnormal ones included; a
-product with 2¹²⁶ (`unit`) and one with the group's scale make it whole. The summand is -0, which
-changes no product."""
+product with 2¹²⁶ (`unit`) and one with the group's scale make it whole. One product of integers
+puts a code to both places, sign and rest. The summand is -0, which changes no product."""
 _UNIT = tl.constexpr(2.0**126)
 
 

@@ -1,5 +1,5 @@
 """What the kernels of block-scaled FP8 weights share: tiles, reads, and how codes are widened in
-registers."""
+registers. Those of MXFP4 weights read alike."""
 
 from __future__ import annotations
 

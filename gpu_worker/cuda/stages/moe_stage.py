@@ -29,6 +29,7 @@ _TILE_ROWS = ((1536, TALL_ROWS), (256, 64), (0, 16))
 """(tokens of a step, rows of its tiles): with many tokens a slot has enough rows for tall tiles."""
 _MXFP4_TILE_ROWS = ((1536, TALL_ROWS), (256, 64), (96, 32), (0, 16))
 """Codes are widened once a tile, so that a second one of a slot costs more than empty rows."""
+_EXCHANGED_TILE_ROWS, _MXFP4_EXCHANGED_TILE_ROWS = 16, 32
 _ORDERED_PAIRS_MIN = 2048
 """With so many pairs, three kernels that count are faster than one that compares all of them."""
 
@@ -153,8 +154,7 @@ class LocalMoe:
             return None
         num_slots = self._slots.slots_per_rank
         if tokens not in self._tiles:
-            is_mxfp4 = self._slots.form.number_format is NumberFormat.MXFP4
-            heights = _MXFP4_TILE_ROWS if is_mxfp4 else _TILE_ROWS
+            heights = _MXFP4_TILE_ROWS if _is_mxfp4(self._slots) else _TILE_ROWS
             tile_rows = next(rows for least, rows in heights if tokens >= least)
             self._tiles[tokens] = routing.new_slot_tiles(
                 slots_TK.numel(), num_slots, tile_rows, slots_TK.device
@@ -188,7 +188,8 @@ class ExchangedMoe:
         num_slots = slots.slots_per_rank
         rows, device = num_slots * rows_of_slot, slots.device
         self._inner_NI, self._y_NH = _row_buffers(slots, rows)
-        self._tiles = routing.new_slot_tiles(rows, num_slots, 16, device)
+        height = _MXFP4_EXCHANGED_TILE_ROWS if _is_mxfp4(slots) else _EXCHANGED_TILE_ROWS
+        self._tiles = routing.new_slot_tiles(rows, num_slots, height, device)
         self.computed_L = torch.zeros(slots.num_layers, dtype=torch.int32, device=device)
         """Rows that each layer's slots have computed, modulo 2³²."""
         self._side_stream = SideStream(device)
@@ -230,6 +231,10 @@ class ExchangedMoe:
             return x_SMH.view(-1, x_SMH.shape[-1])
         scaled_rows.dequantise(x_SMH, scales_SMG, counts_S, self._y_NH)
         return self._y_NH
+
+
+def _is_mxfp4(slots: CudaSlots) -> bool:
+    return slots.form.number_format is NumberFormat.MXFP4
 
 
 def _epilogue(slots: CudaSlots, layer: int, *, clamped: bool) -> Epilogue:

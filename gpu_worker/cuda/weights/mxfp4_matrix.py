@@ -25,6 +25,7 @@ _GROUPS_MAX = 2**13
 """How many are put in order at once, so that all passes over them find them in the cache."""
 _Words = NDArray[np.uint64]
 _LOW_HALVES, _HIGH_HALVES = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0xF0F0F0F0F0F0F0F0)
+_EVEN_QUARTERS, _ODD_QUARTERS = np.uint64(0x0000FFFF0000FFFF), np.uint64(0xFFFF0000FFFF0000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,34 +64,32 @@ def scale_words(size: int) -> int:
 def put_codes(blocks: Codes, out: Codes) -> None:
     """From the order of checkpoints to that of `Mxfp4Matrix`. `blocks` are `[R, ..., G, 16]`, of
     which the last two axes are contiguous, and `out` is `[R, ..., 16 G]`, contiguous."""
-    *leading, groups, _ = blocks.shape
     stored = blocks.view(np.uint64)
-    wanted = out.reshape(*leading, groups, MXFP4_GROUP_BYTES).view(np.uint16)
-    wanted = wanted.reshape(*leading, groups, MXFP4_GROUP_BYTES // 4, 2)
-    rows = max(1, _GROUPS_MAX * blocks.shape[0] * MXFP4_GROUP_BYTES // blocks.size)
-    for first in range(0, blocks.shape[0], rows):
-        part = slice(first, first + rows)
-        low, high = stored[part, ..., 0], stored[part, ..., 1]
+    wanted = out.reshape(blocks.shape).view(np.uint64)
+    num_rows = max(1, _GROUPS_MAX * blocks.shape[0] * MXFP4_GROUP_BYTES // blocks.size)
+    for first in range(0, blocks.shape[0], num_rows):
+        rows = slice(first, first + num_rows)
+        words = stored[rows].copy()
+        _exchange_bytes(words)
+        low, high = words[..., 0], words[..., 1]
         even = (high & _LOW_HALVES) << np.uint64(4)
         even |= low & _LOW_HALVES
-        odd = low >> np.uint64(4)
-        odd &= _LOW_HALVES
+        odd = (low >> np.uint64(4)) & _LOW_HALVES
         odd |= high & _HIGH_HALVES
-        for place, words in enumerate((even, odd)):
-            _interleave_bytes(words)
-            quarters = words.view(np.uint16).reshape(*words.shape, 4)
-            wanted[part, ..., place] = quarters
+        of_first = (odd & _EVEN_QUARTERS) << np.uint64(16)
+        np.bitwise_or(of_first, even & _EVEN_QUARTERS, out=wanted[rows, ..., 0])
+        of_second = (even >> np.uint64(16)) & _EVEN_QUARTERS
+        np.bitwise_or(of_second, odd & _ODD_QUARTERS, out=wanted[rows, ..., 1])
 
 
-def _interleave_bytes(words: _Words) -> None:
-    """Bytes 0 to 7 of each word to the order 0, 4, 1, 5, 2, 6, 3, 7."""
-    for shift, mask in ((16, 0x00000000FFFF0000), (8, 0x0000FF000000FF00)):
-        moved = words >> np.uint64(shift)
-        moved ^= words
-        moved &= np.uint64(mask)
-        words ^= moved
-        moved <<= np.uint64(shift)
-        words ^= moved
+def _exchange_bytes(words: _Words) -> None:
+    """Bytes 1 and 4 of each word, and 3 and 6."""
+    moved = words >> np.uint64(24)
+    moved ^= words
+    moved &= np.uint64(0x00000000FF00FF00)
+    words ^= moved
+    moved <<= np.uint64(24)
+    words ^= moved
 
 
 def put_scales(scales: Codes, out: Codes) -> None:
