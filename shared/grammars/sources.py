@@ -12,6 +12,7 @@ from llguidance import LLMatcher, grammar_from
 from shared.errors import GrammarError
 from shared.grammars.closed_schema import JSON_SPACE, close_objects, space_options
 from shared.grammars.compiler import client_words
+from shared.grammars.exact_numbers import exact_numbers
 from shared.grammars.messages import GrammarKind
 from shared.grammars.spelt_tokens import with_ids
 
@@ -31,7 +32,7 @@ def grammar_of(
     try:
         match kind:
             case GrammarKind.JSON_SCHEMA:
-                schema = close_objects(json.loads(text))
+                schema = close_objects(exact_numbers(json.loads(text)))
                 schema = {} if schema is True else schema  # any JSON; options need an object
                 options = space_options(json_space)
                 return LLMatcher.grammar_from_json_schema(json.dumps(schema), options)  # type: ignore[arg-type]
