@@ -25,8 +25,8 @@ class Ending:
 class Dialect(Protocol):
     """For one answer. Implemented by `anthropic.answer` and `openai_responses.answer`."""
 
-    def whole(self, message: Mapping[str, Any], ending: Ending) -> bytes:
-        """The body for OpenAI's `message`."""
+    def whole(self, deltas: Sequence[Mapping[str, Any]], ending: Ending) -> bytes:
+        """The body for all of OpenAI's deltas: what a stream's events add up to."""
         ...
 
     def number_from(self, number: int) -> None:

@@ -61,7 +61,7 @@ async def answer_job_in(
     while not generation.done:
         for delta in await generation.next_deltas():
             choice.take(delta)
-    body = dialect.whole(choice.reader.message(), choice.ending())
+    body = dialect.whole(choice.reader.whole(), choice.ending())
     return web.Response(body=body, content_type="application/json")
 
 
