@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from gateway.api.token_offsets import TokenOffsets
 from gateway.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 from gateway.parsers.formats import ToolFormat
@@ -55,6 +57,17 @@ class _Part:
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+    @property
+    def is_whole(self) -> bool:
+        """False: a call whose arguments are no JSON."""
+        if self.kind is not CallStart:
+            return True
+        try:
+            msgspec.json.decode(self.text)
+        except (msgspec.DecodeError, RecursionError):
+            return False
+        return True
 
 
 class AnswerReader:
@@ -110,8 +123,13 @@ class AnswerReader:
             message[TOOL_CALLS] = [self._call(call, call.text) for call in calls]
         return message
 
-    def finish_reason(self, finish: FinishReason) -> str:
-        return TOOL_CALLS if self._num_calls and finish is FinishReason.STOP else finish.value
+    def finish_reason(self, finish: FinishReason, stop: str | int | None) -> str:
+        """`stop` is the client's string or token that ended the text. If it has cut a call off, the
+        answer is no call to be made."""
+        if not self._num_calls or finish is not FinishReason.STOP:
+            return finish.value
+        is_cut = stop is not None and not self._parts[-1].is_whole
+        return finish.value if is_cut else TOOL_CALLS
 
     @property
     def num_reasoning_tokens(self) -> int:

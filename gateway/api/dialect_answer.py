@@ -43,7 +43,7 @@ class _OneChoice:
 
     def ending(self) -> Ending:
         return Ending(
-            reason=self.reader.finish_reason(self._finish),
+            reason=self.reader.finish_reason(self._finish, self._stop),
             stop_string=self._stop if isinstance(self._stop, str) else None,
             usage=self.usage(),
         )

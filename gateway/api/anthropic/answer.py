@@ -177,10 +177,11 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 
 def _stop(ending: Ending) -> dict[str, Any]:
+    """A stop sequence is named only where it is the reason."""
     reason = _STOP_REASONS.get(ending.reason)
-    if reason is None:
-        reason = "end_turn" if ending.stop_string is None else "stop_sequence"
-    return {"stop_reason": reason, "stop_sequence": ending.stop_string}
+    if reason is not None or ending.stop_string is None:
+        return {"stop_reason": reason or "end_turn", "stop_sequence": None}
+    return {"stop_reason": "stop_sequence", "stop_sequence": ending.stop_string}
 
 
 def _usage(usage: Usage) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -150,7 +151,9 @@ def test_a_whole_answer_is_what_its_stream_adds_up_to(
     formats, pieces, reason, shows_reasoning = case
     reader = reader_of(formats, shows_reasoning=shows_reasoning)
     deltas = streamed(reader, pieces, reason)
-    end = Ending(reason=reader.finish_reason(FinishReason(reason)), stop_string=None, usage=USAGE)
+    end = Ending(
+        reason=reader.finish_reason(FinishReason(reason), None), stop_string=None, usage=USAGE
+    )
 
     message = reader.message()
     calls = [[call["id"], *call["function"].values()] for call in message.get("tool_calls", ())]
@@ -192,3 +195,25 @@ def test_what_follows_a_call_stays_behind_it() -> None:
     whole = msgspec.json.decode(answer.whole(reader.whole(), end))
     kinds = [block["type"] for block in whole["content"]]
     assert kinds == ["thinking", "text", "tool_use", "text"]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "reason"),
+    [
+        (f"<tool_call>{CALL}", None, "tool_calls"),
+        (f"<tool_call>{CALL}", "</tool_call>", "tool_calls"),
+        (f"<tool_call>{CALL}</tool_call> so", "!", "tool_calls"),
+        (f"<tool_call>{CALL[:-5]}", None, "tool_calls"),  # the model's own end
+        (f"<tool_call>{CALL[:-5]}", "}", "stop"),
+        (f"<tool_call>{CALL[:-5]}", 7, "stop"),
+        ('<tool_call>{"name": "f", "arguments": ', "{", "stop"),
+        ('<tool_call>{"name": "f', '"', "stop"),
+        ("hm", "!", "stop"),
+    ],
+)
+def test_a_call_that_a_stop_string_cuts_off_is_not_to_be_made(
+    text: str, stop: str | int | None, reason: str
+) -> None:
+    reader = reader_of(("hermes", "qwen3"), shows_reasoning=True)
+    streamed(reader, [text], "stop")
+    assert reader.finish_reason(FinishReason.STOP, stop) == reason

@@ -65,8 +65,9 @@ def test_why_an_answer_ended() -> None:
         return body["stop_reason"], body["stop_sequence"]
 
     assert stop_of(ending("stop")) == ("end_turn", None)
-    assert stop_of(ending("length")) == ("max_tokens", None)
     assert stop_of(ending("stop", "END")) == ("stop_sequence", "END")
+    assert stop_of(ending("tool_calls", "END")) == ("tool_use", None)
+    assert stop_of(ending("length")) == ("max_tokens", None)
 
 
 def test_a_stream_opens_and_closes_each_block_once() -> None:
