@@ -4,6 +4,7 @@ streams finish."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -101,8 +102,9 @@ async def test_all_gateways_of_an_instance_that_ends_answer_503_while_streams_fi
 ) -> None:
     """The last test: it ends the instance. A new connection is refused only once nobody streams."""
     model = await cluster.model_name()
-    state = read_state(cluster.run_dir)
-    assert state is not None
+    async with asyncio.timeout(60):
+        while (state := read_state(cluster.run_dir)) is None:  # noqa: ASYNC110 - it is soon there
+            await asyncio.sleep(0.05)
     begun = [asyncio.Event() for _ in range(8)]
     streams = [asyncio.ensure_future(stream(cluster, model, each)) for each in begun]
     for each in begun:
@@ -120,9 +122,12 @@ async def test_all_gateways_of_an_instance_that_ends_answer_503_while_streams_fi
                         if response.status == 503:
                             headers = response.headers
                             refusals.append((headers["Connection"], int(headers["Retry-After"])))
-                except aiohttp.ClientConnectorError:
+                except aiohttp.ClientConnectorError as error:
                     await asyncio.sleep(0.2)
-                    assert all(each.done() for each in streams)
+                    if error.errno == errno.ECONNREFUSED and not all(s.done() for s in streams):
+                        answers.append(0)
+                except aiohttp.ClientError:
+                    pass  # it was in the queue of the gateway that ended first
     assert set(answers) <= {200, 503}
     assert answers[-4:] == [503] * 4
     assert {(connection, after > 0) for connection, after in refusals} == {("close", True)}
