@@ -318,7 +318,7 @@ class StreamSession:
     def on_time(self, now: float) -> list[SendToRank]:
         """Gives up if it has waited for too long, or if the request's time is over."""
         if now >= self.expires_at:
-            after_s = self.expires_at - self.opened_at
+            after_s = max(0.0, self.expires_at - self.opened_at)
             return self._fail(
                 SessionEvent.GIVEN_UP,
                 FailureKind.DEADLINE,

@@ -12,6 +12,8 @@ from gateway.parsers.json_formats import TOOL_CALL, TOOL_CALL_END
 
 Message = Mapping[str, Any]
 
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+
 _INTRODUCTION = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -72,3 +74,17 @@ def _text(content: Any) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content)
     return content if isinstance(content, str) else ""
+
+
+def with_all_fields(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tools for templates that take a function's description and parameters for granted, as
+    gpt-oss's does."""
+    full: list[dict[str, Any]] = []
+    for tool in tools:
+        function = tool["function"]
+        optional = {
+            "description": function.get("description") or "",
+            "parameters": function.get("parameters") or dict(NO_PARAMETERS),
+        }
+        full.append({**tool, "function": {**function, **optional}})
+    return full

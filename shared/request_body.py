@@ -19,6 +19,8 @@ READ_BYTES = 4096
 256 chunks, if they are small, are parsed at a time, which takes half a millisecond; else everybody
 waits for tens of thousands."""
 
+MEMBERS_MAX = 256
+"""Of a gzip file. Each costs a copy of what comes after it."""
 _AUTO_WINDOW = 32 + zlib.MAX_WBITS  # takes the header of gzip or zlib
 
 
@@ -46,7 +48,7 @@ async def read_body(
     RequestError: 408, 413, 415, or 400."""
     if (request.content_length or 0) > bytes_max:
         raise body_too_large(bytes_max)
-    coding = content_coding(request.headers.get("Content-Encoding", ""))
+    coding = content_coding(*request.headers.getall("Content-Encoding", []))
     try:
         async with asyncio.timeout(timeout_s):
             if turn is None or request.content_length is not None:
@@ -78,8 +80,10 @@ async def uncoded(body: RawBody, bytes_max: int) -> bytes:
     return await asyncio.to_thread(decompress, body.data, body.coding, bytes_max)
 
 
-def content_coding(header: str) -> ContentCoding | None:
-    """None: as it is. Raises RequestError (415) for what is not supported."""
+def content_coding(*lines: str) -> ContentCoding | None:
+    """`lines` of the header; several are one list. None: as it is. Raises RequestError (415) for
+    what is not supported."""
+    header = ", ".join(lines)
     name = header.strip().lower().removeprefix("x-")
     if name in ("", "identity"):
         return None
@@ -96,20 +100,37 @@ def content_coding(header: str) -> ContentCoding | None:
 def decompress(raw: bytes, coding: ContentCoding, bytes_max: int) -> bytes:
     """Never makes more than `bytes_max` bytes. Raises RequestError: 413 beyond it, 400 if the body
     is not what `coding` says."""
-    windows = [_AUTO_WINDOW]
+    windows, members_max = [_AUTO_WINDOW], MEMBERS_MAX
     if coding is ContentCoding.DEFLATE:
         windows.append(-zlib.MAX_WBITS)  # some clients leave zlib's header out
+        members_max = 1
     for window in windows:
-        decoder = zlib.decompressobj(window)
         try:
-            body = decoder.decompress(raw, bytes_max + 1)
+            body = _members(raw, window, bytes_max, members_max)
         except zlib.error:
             continue
-        if len(body) > bytes_max:
-            raise body_too_large(bytes_max)
-        if decoder.eof and not decoder.unused_data:
+        if body is not None:
             return body
     raise RequestError(f"the body is not {coding.value}, as Content-Encoding says")
+
+
+def _members(raw: bytes, window: int, bytes_max: int, members_max: int) -> bytes | None:
+    """Those of a gzip file, joined. None if the last one is not whole, or if there are more. Raises
+    RequestError (413), and zlib.error."""
+    parts: list[bytes] = []
+    left = bytes_max + 1  # never 0, which zlib takes for no limit
+    for _ in range(members_max):
+        decoder = zlib.decompressobj(window)
+        parts.append(decoder.decompress(raw, left))
+        left -= len(parts[-1])
+        if left <= 0:
+            raise body_too_large(bytes_max)
+        raw = decoder.unused_data
+        if not decoder.eof:
+            return None
+        if not raw:
+            return b"".join(parts)
+    return None
 
 
 def body_too_large(bytes_max: int) -> RequestError:

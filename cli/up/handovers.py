@@ -38,7 +38,7 @@ class Handovers:
         finally:
             del self._said[child.pid]
             self._num_waiting -= 1
-            if not self._num_waiting:
+            if not self._num_waiting and self._read_fd >= 0:
                 loop.remove_reader(self._read_fd)
 
     def _on_readable(self) -> None:
@@ -49,9 +49,18 @@ class Handovers:
             for line in lines:
                 self._said.setdefault(int(line), asyncio.Event()).set()
 
+    def refuse(self) -> None:
+        """Nobody takes over any more: who says that it ends gets a broken pipe, and keeps what it
+        has."""
+        if self._num_waiting:
+            asyncio.get_running_loop().remove_reader(self._read_fd)
+        if self._read_fd >= 0:
+            os.close(self._read_fd)
+            self._read_fd = -1
+
     def close(self) -> None:
-        for fd in (self._read_fd, self.write_fd):
-            os.close(fd)
+        self.refuse()
+        os.close(self.write_fd)
 
 
 async def _until_exit(child: asyncio.subprocess.Process) -> bool:

@@ -145,14 +145,18 @@ class InstanceDriver:
             tasks.create_task(keep_logs_small(logs, int(self._options.log_mb_max * 1e6)))
 
     async def stop(self, *, keep_logs: bool) -> None:
-        """Stops clients first, etcd last. Only the logs remain, if they are to be kept."""
+        """Stops the gateways first, all at once, and etcd last. A gateway answers 503 while its
+        streams finish. Only the logs remain, if they are to be kept."""
         self._console.print("stopping …", highlight=False)
         for listener in self._listeners:
-            listener.close()  # from now on clients are refused instead of queued
+            listener.close()  # the last gateway that ends has clients refused instead of queued
         if self._admin_listener is not None:
             self._admin_listener.close()
+        gateways = [s for s in self._services if s.standby == services.GATEWAY_STANDBY]
+        await self._supervisor.stop(*gateways)
         for service in reversed(self._services):
-            await self._supervisor.stop(service)
+            if service not in gateways:
+                await self._supervisor.stop(service)
         kill_leftovers(self._owner.run)
         if self._claim is not None:
             await self._claim.release()

@@ -225,7 +225,10 @@ class UpOptions:
     ] = 0
     drain_s: Annotated[
         float,
-        typer.Option(help="On the first Ctrl-C, let streams go on for so long; new requests wait."),
+        typer.Option(
+            help="On the first Ctrl-C or SIGTERM, let streams go on for so long; new requests get "
+            "503 meanwhile."
+        ),
     ] = 30.0
     served_model_name: Annotated[
         str, typer.Option(help="Name that clients ask for; more, comma-separated, are aliases.")

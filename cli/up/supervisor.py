@@ -219,14 +219,17 @@ class Supervisor:
         percent = 20 * (5 * int(found[-1]["done"]) // max(int(found[-1]["total"]), 1))
         return f"loading kernels, {percent} %"
 
-    async def stop(self, service: Service) -> None:
-        """Sends SIGTERM, then SIGKILL after the service's stop time. Returns when it has exited."""
+    async def stop(self, *services: Service) -> None:
+        """Sends all of them SIGTERM, then SIGKILL after their stop time. Returns when they have
+        exited. Nothing takes over from them."""
         self._stopping = True
-        if (standby := self._standbys.get(service.standby)) is not None:
-            await standby.stop()
+        self._handovers.refuse()
+        for name in {service.standby for service in services} & self._standbys.keys():
+            await self._standbys[name].stop()
         async with asyncio.TaskGroup() as tasks:
-            for child in self._processes_of(service.name):
-                tasks.create_task(_end(child, service.stop_timeout_s))
+            for service in services:
+                for child in self._processes_of(service.name):
+                    tasks.create_task(_end(child, service.stop_timeout_s))
 
     def _processes_of(self, name: str) -> list[asyncio.subprocess.Process]:
         """Those that run: the service's, and others before it that it has taken over from."""

@@ -79,6 +79,7 @@ class AnswerPlan:
             schemas=self.tools.schemas,
             opened=self.opened,
             calls_max=self.tools.calls_max,
+            guided=self.must_call or self.demands_form,
         )
 
     def calls_grammar(self, token_of: TokenOf, *, json_space: str = JSON_SPACE) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from gateway.api.token_offsets import TokenOffsets
 from gateway.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 from gateway.parsers.formats import ToolFormat
@@ -43,9 +45,29 @@ class CallIds:
 
 
 @dataclass(slots=True)
-class _Call:
-    name: str
-    arguments: list[str] = field(default_factory=list)
+class _Part:
+    """A run of content, of reasoning, or a call, whose texts are its arguments. `number`: of the
+    call."""
+
+    kind: type[Content] | type[Reasoning] | type[CallStart]
+    texts: list[str] = field(default_factory=list)
+    name: str = ""
+    number: int = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def is_whole(self) -> bool:
+        """False: a call whose arguments are no JSON."""
+        if self.kind is not CallStart:
+            return True
+        try:
+            msgspec.json.decode(self.text)
+        except (msgspec.DecodeError, RecursionError):
+            return False
+        return True
 
 
 class AnswerReader:
@@ -67,9 +89,8 @@ class AnswerReader:
         self._token_starts: list[int] = []
         self._num_spans_counted = 0
         self._num_reasoning_tokens = 0  # of these
-        self._content: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls: list[_Call] = []
+        self._parts: list[_Part] = []
+        self._num_calls = 0
 
     def feed(
         self, text: str, token_ids: Sequence[int], finish: FinishReason | None
@@ -81,25 +102,34 @@ class AnswerReader:
             events += self._parser.finish()
         return [delta for event in events if (delta := self._delta(event)) is not None]
 
+    def whole(self) -> list[dict[str, Any]]:
+        """All of it in as few deltas as there can be, in the order of a stream's."""
+        deltas: list[dict[str, Any]] = []
+        for part in self._parts:
+            if part.kind is CallStart:
+                deltas.append(self._call_delta(part))
+            if part.text:
+                deltas.append(_text_delta(part, part.text))
+        return deltas
+
     def message(self) -> dict[str, Any]:
-        content, reasoning = "".join(self._content), "".join(self._reasoning)
-        shown = None if self._calls and not content else content
+        content, reasoning = self._text(Content), self._text(Reasoning)
+        calls = [part for part in self._parts if part.kind is CallStart]
+        shown = None if calls and not content else content
         message: dict[str, Any] = {"role": "assistant", "content": shown, "refusal": None}
         if reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
-        if self._calls:
-            message[TOOL_CALLS] = [
-                {
-                    "id": self._call_ids.id(number),
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": "".join(call.arguments)},
-                }
-                for number, call in enumerate(self._calls)
-            ]
+        if calls:
+            message[TOOL_CALLS] = [self._call(call, call.text) for call in calls]
         return message
 
-    def finish_reason(self, finish: FinishReason) -> str:
-        return TOOL_CALLS if self._calls and finish is FinishReason.STOP else finish.value
+    def finish_reason(self, finish: FinishReason, stop: str | int | None) -> str:
+        """`stop` is the client's string or token that ended the text. If it has cut a call off, the
+        answer is no call to be made."""
+        if not self._num_calls or finish is not FinishReason.STOP:
+            return finish.value
+        is_cut = stop is not None and not self._parts[-1].is_whole
+        return finish.value if is_cut else TOOL_CALLS
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -117,21 +147,41 @@ class AnswerReader:
 
     def _delta(self, event: Event) -> dict[str, Any] | None:
         match event:
+            case CallStart(name):
+                part = _Part(CallStart, name=name, number=self._num_calls)
+                self._num_calls += 1
+                self._parts.append(part)
+                return self._call_delta(part)
+            case CallArguments(text):
+                part = self._parts[-1]  # nothing comes between a call and its arguments
             case Content(text):
-                self._content.append(text)
-                return {"content": text}
+                part = self._part(Content)
             case Reasoning(text):
                 if not self._shows_reasoning:
                     return None
-                self._reasoning.append(text)
-                return {"reasoning_content": text, "reasoning": text}
-            case CallStart(name):
-                self._calls.append(_Call(name))
-                number = len(self._calls) - 1
-                function = {"name": name, "arguments": ""}
-                call = {"id": self._call_ids.id(number), "type": "function", "function": function}
-                return {TOOL_CALLS: [{"index": number, **call}]}
-            case CallArguments(text):
-                self._calls[-1].arguments.append(text)
-                number = len(self._calls) - 1
-                return {TOOL_CALLS: [{"index": number, "function": {"arguments": text}}]}
+                part = self._part(Reasoning)
+        part.texts.append(text)
+        return _text_delta(part, text)
+
+    def _part(self, kind: type[Content] | type[Reasoning]) -> _Part:
+        if not self._parts or self._parts[-1].kind is not kind:
+            self._parts.append(_Part(kind))
+        return self._parts[-1]
+
+    def _text(self, kind: type[Content] | type[Reasoning]) -> str:
+        return "".join(part.text for part in self._parts if part.kind is kind)
+
+    def _call_delta(self, part: _Part) -> dict[str, Any]:
+        return {TOOL_CALLS: [{"index": part.number, **self._call(part, "")}]}
+
+    def _call(self, part: _Part, arguments: str) -> dict[str, Any]:
+        function = {"name": part.name, "arguments": arguments}
+        return {"id": self._call_ids.id(part.number), "type": "function", "function": function}
+
+
+def _text_delta(part: _Part, text: str) -> dict[str, Any]:
+    if part.kind is CallStart:
+        return {TOOL_CALLS: [{"index": part.number, "function": {"arguments": text}}]}
+    if part.kind is Reasoning:
+        return {"reasoning_content": text, "reasoning": text}
+    return {"content": text}

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import msgspec
 
@@ -28,33 +28,20 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(msgspec.Struct, kw_only=True):
-    """The fields of both endpoints."""
+class AnswerFields(msgspec.Struct, kw_only=True):
+    """What means the same in every API that asks for an answer."""
 
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
     min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     top_k: int | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    min_p: float | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    return_token_ids: bool | None = None
-    n: int | None = None
-    best_of: int | None = None
-    prompt_logprobs: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    min_p: float | None = None
     logit_bias: dict[int, float] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    response_format: Any = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
@@ -68,6 +55,24 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     timeout: float | None = None
     cache_salt: str | None = None
+
+
+class GenerationBody(AnswerFields, kw_only=True):
+    """The fields of both endpoints."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    return_token_ids: bool | None = None
+    n: int | None = None
+    best_of: int | None = None
+    prompt_logprobs: int | None = None
+    response_format: Any = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -95,8 +100,36 @@ class ChatBody(GenerationBody, kw_only=True):
     separate_reasoning: bool | None = None
 
 
+class DialectBody(AnswerFields, kw_only=True):
+    """The body of another API that asks for a chat. Other fields of chats' bodies are refused if
+    they would change the answer. `instead`: what this API has in place of one."""
+
+    instead: ClassVar[Mapping[str, str]] = {}
+
+    def answer_fields(self) -> dict[str, Any]:
+        """Those of the chat that are the same there."""
+        values = {name: getattr(self, name) for name in AnswerFields.__struct_fields__}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 IGNORED_NAMES_MAX = 32
 """So many unknown fields are named."""
+
+UNSUPPORTED_FIELD = "unsupported_field"
+_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "return_token_ids": (False,),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "thinking_token_budget": (-1,),
+}
+"""Values with which fields of chats ask for nothing."""
 
 _UNPRINTABLE = re.compile(r"[^\w.\-]", re.ASCII)
 
@@ -108,6 +141,8 @@ def decode_body(raw: bytes, cls: type[B]) -> B:
         body = msgspec.json.decode(raw, type=cls)
         if issubclass(cls, GenerationBody):
             refuse_unsupported(raw, cls)
+        elif issubclass(cls, DialectBody):
+            _refuse_chat_fields(raw, cls)
     return body
 
 
@@ -131,10 +166,27 @@ def refuse_unsupported(raw: bytes, cls: type[GenerationBody]) -> None:
         about = known.get(name)
         if about is None or about.support is not Support.REFUSED:
             continue
-        plain = msgspec.json.decode(value)
-        if plain is not None and not any(_same(plain, allowed) for allowed in about.neutral):
+        if _asks_for_something(value, about.neutral):
             advice = about.note or "leave it out"
             raise RequestError(f"{name} is not supported: {advice}", param=name)
+
+
+def _refuse_chat_fields(raw: bytes, cls: type[DialectBody]) -> None:
+    for name, value in _values(raw, without=cls.__struct_fields__).items():
+        about = CHAT_FIELDS.get(name)
+        if about is None or about.support is Support.HARMLESS:
+            continue
+        if _asks_for_something(value, (*about.neutral, *_DEFAULTS.get(name, ()))):
+            own = cls.instead.get(name)
+            advice = f"use {own}" if own else "it is a field of /v1/chat/completions"
+            raise RequestError(
+                f"{name} is not supported here: {advice}", param=name, code=UNSUPPORTED_FIELD
+            )
+
+
+def _asks_for_something(value: msgspec.Raw, neutral: Iterable[Any]) -> bool:
+    plain = msgspec.json.decode(value)
+    return plain is not None and not any(_same(plain, each) for each in neutral)
 
 
 def ignored_fields(raw: bytes, cls: type[msgspec.Struct]) -> list[str]:

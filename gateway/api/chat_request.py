@@ -12,8 +12,9 @@ from gateway.api.messages import read_chat_options, read_messages
 from gateway.api.reasoning import effort_variables, reasoning_opened, thinking_budget
 from gateway.api.tools import ToolMode, ToolRequest, read_tools
 from gateway.chat_template import ChatOptions
+from gateway.parsers.formats import HARMONY, TOOL_FORMATS
 from gateway.served_model import ServedModel
-from gateway.tool_prompt import with_tools
+from gateway.tool_prompt import with_all_fields, with_tools
 from shared.errors import RequestError
 from shared.types import ThinkingBudget
 
@@ -49,7 +50,9 @@ def read_chat(body: ChatBody, served: ServedModel) -> ChatRequest:
     effort = effort_variables(body, reads, options.variables)
     options = replace(options, variables={**options.variables, **effort})
     if "tools" in reads:
-        options = replace(options, tools=list(tools.tools) or None)
+        is_harmony = served.formats.tools is TOOL_FORMATS[HARMONY]
+        shown = with_all_fields(tools.tools) if is_harmony else list(tools.tools)
+        options = replace(options, tools=shown or None)
     elif tools.tools or _has_calls(messages):
         messages = list(map(dict, with_tools(messages, tools.tools)))
     return ChatRequest(messages=messages, options=options, tools=tools)

@@ -83,7 +83,7 @@ class ChoiceWriter:
             prompt_ids=self._prompt,
             finish_reason=self._finish.value
             if self._answer is None
-            else self._answer.finish_reason(self._finish),
+            else self._answer.finish_reason(self._finish, self._stop),
             message=None if self._answer is None else self._answer.message(),
             stop=self._stop,
             logprobs=await self._shape(self._scored),
@@ -132,7 +132,7 @@ class ChoiceWriter:
             chunks.append(writer.body_chunk(delta.choice, body, ids, None, logprobs))
             ids, logprobs = (), None
         if delta.finish is not None:
-            reason = answer.finish_reason(delta.finish)
+            reason = answer.finish_reason(delta.finish, delta.stop)
             chunks.append(
                 writer.body_chunk(
                     delta.choice, b'"delta":{}', ids, reason, logprobs, stop=delta.stop

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gateway.api.bodies import UNSUPPORTED_FIELD
 from gateway.api.errors import HttpError
 from gateway.api.responses import Usage
 from shared.errors import RequestError
@@ -25,8 +26,8 @@ class Ending:
 class Dialect(Protocol):
     """For one answer. Implemented by `anthropic.answer` and `openai_responses.answer`."""
 
-    def whole(self, message: Mapping[str, Any], ending: Ending) -> bytes:
-        """The body for OpenAI's `message`."""
+    def whole(self, deltas: Sequence[Mapping[str, Any]], ending: Ending) -> bytes:
+        """The body for all of OpenAI's deltas: what a stream's events add up to."""
         ...
 
     def number_from(self, number: int) -> None:
@@ -51,12 +52,12 @@ class Dialect(Protocol):
 @contextmanager
 def naming_fields(names: Mapping[str, str]) -> Iterator[None]:
     """A RequestError that is raised inside names the field that the client has sent. `names`:
-    OpenAI's field → the dialect's."""
+    OpenAI's field → the dialect's. One that refuses a field by its name is as it is."""
     try:
         yield
     except RequestError as error:
         name = names.get(error.param or "")
-        if name is None:
+        if name is None or error.code == UNSUPPORTED_FIELD:
             raise
         message = str(error).replace(str(error.param), name, 1)
         raise RequestError(message, param=name, code=error.code) from error

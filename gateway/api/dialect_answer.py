@@ -43,7 +43,7 @@ class _OneChoice:
 
     def ending(self) -> Ending:
         return Ending(
-            reason=self.reader.finish_reason(self._finish),
+            reason=self.reader.finish_reason(self._finish, self._stop),
             stop_string=self._stop if isinstance(self._stop, str) else None,
             usage=self.usage(),
         )
@@ -61,7 +61,7 @@ async def answer_job_in(
     while not generation.done:
         for delta in await generation.next_deltas():
             choice.take(delta)
-    body = dialect.whole(choice.reader.message(), choice.ending())
+    body = dialect.whole(choice.reader.whole(), choice.ending())
     return web.Response(body=body, content_type="application/json")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -63,9 +63,9 @@ def read_form(
     if not constraints:
         return None
     if len(constraints) > 1:
-        names = " and ".join(param for param, _, _ in constraints)
-        raise RequestError(f"{names} exclude each other; pass only one", param=constraints[1][0])
-    param, kind, value = constraints[0]
+        names = " and ".join(each.name for each in constraints)
+        raise RequestError(f"{names} exclude each other; pass only one", param=constraints[1].param)
+    param, kind, value, _ = constraints[0]
     return DemandedForm(
         param=param,
         kind=GrammarKind(kind),
@@ -92,10 +92,19 @@ def read_json_space(body: GenerationBody, limits: GrammarLimits, default: str) -
     return space
 
 
-def _constraints(body: GenerationBody) -> list[tuple[str, str, Any]]:
-    """(field, kind, value) of each form that the request demands."""
+class _Constraint(NamedTuple):
+    """`name` is that of the field `param`, or of one inside it."""
+
+    param: str
+    kind: str
+    value: Any
+    name: str
+
+
+def _constraints(body: GenerationBody) -> list[_Constraint]:
+    """Of each form that the request demands."""
     constraints = [
-        (name, kind, value)
+        _Constraint(name, kind, value, name)
         for kind, name in _STRUCTURED.items()
         if (value := getattr(body, name)) is not None
     ]
@@ -106,7 +115,7 @@ def _constraints(body: GenerationBody) -> list[tuple[str, str, Any]]:
     return constraints
 
 
-def _structured_outputs(value: Any) -> list[tuple[str, str, Any]]:
+def _structured_outputs(value: Any) -> list[_Constraint]:
     param = "structured_outputs"
     if not isinstance(value, dict):
         raise RequestError(f"{param} must be an object", param=param)
@@ -115,12 +124,13 @@ def _structured_outputs(value: Any) -> list[tuple[str, str, Any]]:
         for kind, constraint in value.items()
         if constraint not in (None, False) and kind not in _STRUCTURED_OPTIONS
     }
-    constraints: list[tuple[str, str, Any]] = []
+    constraints: list[_Constraint] = []
     for kind, constraint in wanted.items():
+        name = f"{param}.{kind}"
         if kind == "json_object":
-            constraints.append((param, "json", {"type": "object"}))
+            constraints.append(_Constraint(param, "json", {"type": "object"}, name))
         elif kind in _STRUCTURED:
-            constraints.append((param, kind, constraint))
+            constraints.append(_Constraint(param, kind, constraint, name))
         else:
             raise RequestError(
                 f"{param} must be json, json_object, regex, choice or grammar, not {kind!r:.60}",
@@ -129,19 +139,19 @@ def _structured_outputs(value: Any) -> list[tuple[str, str, Any]]:
     return constraints
 
 
-def _response_format(value: Any) -> list[tuple[str, str, Any]]:
+def _response_format(value: Any) -> list[_Constraint]:
     param = "response_format"
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "text":
         return []
     if kind == "json_object":
-        return [(param, "json", {"type": "object"})]
+        return [_Constraint(param, "json", {"type": "object"}, param)]
     if kind == "json_schema":
         wrapper = value.get("json_schema")
         schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
         if schema is None:
             raise RequestError(f"{param} lacks json_schema.schema", param=param)
-        return [(param, "json", schema)]
+        return [_Constraint(param, "json", schema, param)]
     raise RequestError(
         f"{param} must be an object of type text, json_object or json_schema", param=param
     )

@@ -217,7 +217,7 @@ class HttpApp:
             grammar = await self._grammar(request, body, form, plan, served, scheduling)
             job = self._jobs.build(
                 served,
-                options.guided_by(grammar),
+                options.guided_by(grammar, forces_call=plan.must_call),
                 [prompt],
                 limits,
                 scheduling,

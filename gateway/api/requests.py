@@ -69,8 +69,12 @@ class RequestOptions:
         least = 1 if self.max_tokens is None else self.max_tokens
         return self.truncation.apply(prompt, room=limits.context_tokens_max - least)
 
-    def guided_by(self, grammar: str) -> RequestOptions:
-        return replace(self, sampling=replace(self.sampling, grammar=grammar))
+    def guided_by(self, grammar: str, *, forces_call: bool = False) -> RequestOptions:
+        """A call that is forced ends where its grammar does, and nowhere before."""
+        guided = replace(self.sampling, grammar=grammar)
+        if not forces_call:
+            return replace(self, sampling=guided)
+        return replace(self, stops=(), sampling=replace(guided, stop_token_ids=()))
 
     def of_stream(self, stream: Stream | None, seed: int | None) -> RequestOptions:
         """`seed` is the client's. Without one a stream that can be resumed has a seed of its

@@ -28,12 +28,12 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[Any] | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
+    continue_final_message: bool | None = None
 
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):
@@ -50,7 +50,7 @@ async def tokenize(
         raise RequestError("pass either prompt or messages", param="prompt")
     if body.prompt is not None:
         ids = await served.tokenizer.encode(
-            body.prompt, tokens_max=chars_max, special=body.add_special_tokens
+            body.prompt, tokens_max=chars_max, special=body.add_special_tokens is not False
         )
     else:
         chat = read_chat(_chat_body(body), served)

@@ -12,6 +12,7 @@ from gateway.parsers import harmony, json_formats
 from gateway.parsers.formats import HARMONY, ReasoningFormat, ToolFormat
 from gateway.parsers.typed_arguments import Schema
 from shared.grammars.closed_schema import JSON_SPACE, close_objects, space_options
+from shared.grammars.exact_numbers import exact_numbers
 
 TokenOf = Callable[[str], int | None]
 """The id of the added token with this text, if the tokenizer has one."""
@@ -89,7 +90,7 @@ class CallGrammar:
 
     def calls(self, tools: ToolFormat, schemas: Mapping[str, Schema], *, calls_max: int) -> str:
         """The rule `calls`: one to `calls_max` calls of these tools. Raises GrammarError as
-        `close_objects` does."""
+        `close_objects` and `exact_numbers` do."""
         text = _CALL_TEXTS[tools.guided]
         most = 1 if tools.guided == HARMONY else calls_max
         more = "" if most == 1 else f" ({self._text(text.between)} call){{0,{most - 1}}}"
@@ -130,7 +131,7 @@ class CallGrammar:
     def _json(self, schema: Schema) -> str:
         """As a demanded schema."""
         options = space_options(self._json_space)
-        return json.dumps({**close_objects(schema), "x-guidance": options})
+        return json.dumps({**close_objects(exact_numbers(schema)), "x-guidance": options})
 
     def _text(self, text: str) -> str:
         """A text as Lark, in which the model's own tokens are tokens."""

@@ -27,12 +27,13 @@ F = TypeVar("F")
 class ToolFormat:
     """How a model writes calls. `markers` are strings that its tokenizer may hold as special
     tokens. `guided` names the format in which calls that are forced are written: those of XML-like
-    formats as JSON, so that a schema can guide them."""
+    formats as JSON, so that a schema can guide them; `parse_guided` reads these."""
 
     name: str
     parse: Callable[[Source, Tools], Parse]
     markers: tuple[str, ...]
     guided: str
+    parse_guided: Callable[[Source], Parse]
     call_id_chars: int = 24
     call_id_prefix: str = "call_"
 
@@ -89,12 +90,14 @@ _HERMES = ToolFormat(
     parse=_without_schema(json_formats.parse_hermes),
     markers=_TOOL_CALL_MARKERS,
     guided="hermes",
+    parse_guided=json_formats.parse_hermes,
 )
 _QWEN3_CODER = ToolFormat(
     name="qwen3_coder",
     parse=xml_formats.parse_qwen3_coder,
     markers=_TOOL_CALL_MARKERS,
     guided="hermes",
+    parse_guided=json_formats.parse_hermes,
 )
 _GLM = ToolFormat(
     name="glm45",
@@ -105,12 +108,14 @@ _GLM = ToolFormat(
         *(xml_formats.ARG_VALUE, xml_formats.ARG_VALUE_END),
     ),
     guided="hermes",
+    parse_guided=json_formats.parse_hermes,
 )
 _MISTRAL = ToolFormat(
     name="mistral",
     parse=_without_schema(json_formats.parse_mistral),
     markers=(json_formats.TOOL_CALLS, json_formats.ARGS, json_formats.CALL_ID),
     guided="mistral",
+    parse_guided=json_formats.parse_mistral,
     call_id_chars=9,  # Mistral's templates refuse any other length
     call_id_prefix="",
 )
@@ -119,24 +124,28 @@ _DEEPSEEK_V3 = ToolFormat(
     parse=_without_schema(json_formats.parse_deepseek_v3),
     markers=_DEEPSEEK_MARKERS,
     guided="deepseek_v3",
+    parse_guided=partial(json_formats.parse_deepseek_v3, guided=True),
 )
 _DEEPSEEK_V31 = ToolFormat(
     name="deepseek_v31",
     parse=_without_schema(json_formats.parse_deepseek_v31),
     markers=_DEEPSEEK_MARKERS,
     guided="deepseek_v31",
+    parse_guided=partial(json_formats.parse_deepseek_v31, guided=True),
 )
 _DEEPSEEK_V32 = ToolFormat(
     name="deepseek_v32",
     parse=xml_formats.parse_deepseek_v32,
     markers=("｜DSML｜",),
     guided="hermes",
+    parse_guided=json_formats.parse_hermes,
 )
 _HARMONY = ToolFormat(
     name=HARMONY,
     parse=_without_schema(partial(parse_harmony, calls=True)),
     markers=_HARMONY_MARKERS,
     guided=HARMONY,
+    parse_guided=partial(parse_harmony, calls=True, guided=True),
 )
 
 TOOL_FORMATS: dict[str, ToolFormat] = {
@@ -248,15 +257,17 @@ def output_parser(
     schemas: Tools,
     opened: bool | None,
     calls_max: int | None,
+    guided: bool = False,
 ) -> OutputParser | None:
     """The parser of one choice, or None if its text is all content. `opened` says whether the
     prompt ends inside the reasoning (True) or after its end (False); None: it does neither.
+    `guided`: what follows the reasoning has the form of a grammar.
 
     Messages of harmony hold both, so one parser splits them."""
     if (tools is not None and tools.name == HARMONY) or (
         reasoning is not None and reasoning.is_harmony
     ):
-        first = partial(parse_harmony, calls=tools is not None)
+        first = partial(parse_harmony, calls=tools is not None, guided=guided)
         return OutputParser(first=first, then=None, calls_max=calls_max)
     think = None
     if reasoning is not None and opened is not False:
@@ -266,5 +277,14 @@ def output_parser(
         )
     if think is None and tools is None:
         return None
-    calls = (lambda source: tools.parse(source, schemas)) if tools is not None else None
-    return OutputParser(first=think, then=calls, calls_max=calls_max)
+    return OutputParser(
+        first=think, then=_call_parser(tools, schemas, guided=guided), calls_max=calls_max
+    )
+
+
+def _call_parser(
+    tools: ToolFormat | None, schemas: Tools, *, guided: bool
+) -> Callable[[Source], Parse] | None:
+    if tools is None:
+        return None
+    return tools.parse_guided if guided else (lambda source: tools.parse(source, schemas))

@@ -4,6 +4,7 @@ V3.1."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from gateway.parsers.events import CallArguments, CallStart, Content
 from gateway.parsers.json_calls import json_call, json_value
@@ -99,17 +100,18 @@ def _mistral_call(source: Source) -> Parse:
     yield from json_value(source, CallArguments)
 
 
-def parse_deepseek_v3(source: Source) -> Parse:
-    """`<｜tool▁call▁begin｜>function<｜tool▁sep｜>name`, then the arguments in a fenced block."""
-    yield from _deepseek(source, fenced=True)
+def parse_deepseek_v3(source: Source, *, guided: bool = False) -> Parse:
+    """`<｜tool▁call▁begin｜>function<｜tool▁sep｜>name`, then the arguments in a fenced block.
+    `guided`: they are JSON for sure, and a marker in one of its strings is text."""
+    yield from _deepseek(source, _fenced_call, guided)
 
 
-def parse_deepseek_v31(source: Source) -> Parse:
-    """`<｜tool▁call▁begin｜>name<｜tool▁sep｜>{…}<｜tool▁call▁end｜>`."""
-    yield from _deepseek(source, fenced=False)
+def parse_deepseek_v31(source: Source, *, guided: bool = False) -> Parse:
+    """`<｜tool▁call▁begin｜>name<｜tool▁sep｜>{…}<｜tool▁call▁end｜>`. `guided` as above."""
+    yield from _deepseek(source, _plain_call, guided)
 
 
-def _deepseek(source: Source, *, fenced: bool) -> Parse:
+def _deepseek(source: Source, call: Callable[[Source, bool], Parse], guided: bool) -> Parse:
     while opening := (yield from source.until(Markers(CALLS_BEGIN, CALL_BEGIN), Content)):
         source.hold()
         if opening == CALLS_BEGIN:
@@ -119,7 +121,7 @@ def _deepseek(source: Source, *, fenced: bool) -> Parse:
                 yield Content(CALLS_BEGIN)
                 continue
         try:
-            yield from (_fenced_call(source) if fenced else _plain_call(source))
+            yield from call(source, guided)
         except ValueError:
             source.rewind()
             yield Content(opening)
@@ -128,18 +130,22 @@ def _deepseek(source: Source, *, fenced: bool) -> Parse:
         yield from source.closing(CALLS_END)
 
 
-def _fenced_call(source: Source) -> Parse:
+def _fenced_call(source: Source, guided: bool) -> Parse:
     yield from source.before(SEPARATOR)
     name = call_name((yield from source.before("\n")))
     if not (yield from source.literal(FENCE)):
         raise ValueError("the arguments must be a block of JSON")
     source.release()
     yield CallStart(name)
+    if guided:
+        yield from json_value(source, CallArguments)
     yield from source.until(Markers(FENCE_END), CallArguments)
 
 
-def _plain_call(source: Source) -> Parse:
+def _plain_call(source: Source, guided: bool) -> Parse:
     name = call_name((yield from source.before(SEPARATOR)))
     source.release()
     yield CallStart(name)
+    if guided:
+        yield from json_value(source, CallArguments)
     yield from source.until(Markers(CALL_END), CallArguments)

@@ -4,14 +4,16 @@ cost, and keeps what it compiled. Runs in the grammar child."""
 from __future__ import annotations
 
 import json
+import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from shared.errors import CheckpointError, GrammarError
+from shared.grammars.spelt_tokens import plain_tokenizer
 
 WALK_STEPS = 8
 """So many tokens are tried of a grammar before it is accepted: one that cannot go on, or costs too
@@ -24,7 +26,6 @@ _LIMITS = LLParserLimits(
     max_lexer_states=50_000,  # 1 to 2 kB each
     verbose_errors=False,
 )
-_FAITHFUL = ("Prepend", "Replace")  # normalisers that only spell spaces
 
 
 def _resident_bytes() -> int:
@@ -48,20 +49,22 @@ class GrammarCompiler:
         """`resident_bytes` tells the memory of this process. Raises CheckpointError if the file is
         no tokenizer that serves guided decoding."""
         try:
-            plain = json.loads(tokenizer_file.read_bytes())
+            file = json.loads(tokenizer_file.read_bytes())
+            plain = plain_tokenizer(file, secrets.token_hex(8))
             self._tokenizer = LLTokenizer(
-                json.dumps(_faithful(plain)),
+                json.dumps(plain.file),
                 n_vocab=vocab_size,
-                eos_token=list(eos_token_ids) or None,
+                eos_token=list(eos_token_ids or plain.end_ids) or None,
             )
         except OSError as error:
             raise CheckpointError(
                 f"cannot read {tokenizer_file}; guided decoding needs the tokenizer"
             ) from error
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{tokenizer_file} does not serve guided decoding: {error}"
             ) from error
+        self.special_ids: Mapping[str, int] = plain.special_ids
         self._cache_bytes_max = cache_bytes_max
         self._cache: OrderedDict[str, _Compiled] = OrderedDict()
         self._cache_bytes = 0
@@ -170,13 +173,3 @@ def _last_allowed(bits: bytes, end_ids: Sequence[int]) -> int | None:
     for token in end_ids:
         left &= ~(1 << token)
     return left.bit_length() - 1 if left else None
-
-
-def _faithful(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer without what makes other text of a text. A grammar's bytes are tokenised with
-    it, and the answer must have exactly these bytes, be they NFC or not."""
-    normalizer = tokenizer.get("normalizer")
-    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    kept = [step for step in steps if step.get("type") in _FAITHFUL]
-    plain = {"type": "Sequence", "normalizers": kept} if kept else None
-    return {**tokenizer, "normalizer": plain, "truncation": None, "padding": None}

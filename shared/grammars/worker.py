@@ -100,7 +100,12 @@ class GrammarWorker:
     def _check(self, request: Check) -> None:
         self._send(Began(job=request.job))
         try:
-            grammar = grammar_of(request.kind, request.text, json_space=request.json_space)
+            grammar = grammar_of(
+                request.kind,
+                request.text,
+                json_space=request.json_space,
+                special_ids=self._compiler.special_ids,
+            )
             self._compiler.try_out(grammar)
         except GrammarError as error:
             self._send(Refused(job=request.job, error=str(error)))

@@ -4,6 +4,7 @@ streams finish."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from cli.run_dir import read_state
 from tests.support.cluster import Cluster, running_cluster
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
@@ -93,3 +95,45 @@ async def test_sigterm_of_gateways_refuses_no_new_connection(
             if len(now) == 2 and not now & set(ended):
                 return
             await asyncio.sleep(0.2)
+
+
+async def test_all_gateways_of_an_instance_that_ends_answer_503_while_streams_finish(
+    cluster: Cluster,
+) -> None:
+    """The last test: it ends the instance. A new connection is refused only once nobody streams."""
+    model = await cluster.model_name()
+    async with asyncio.timeout(60):
+        while (state := read_state(cluster.run_dir)) is None:  # noqa: ASYNC110 - it is soon there
+            await asyncio.sleep(0.05)
+    begun = [asyncio.Event() for _ in range(8)]
+    streams = [asyncio.ensure_future(stream(cluster, model, each)) for each in begun]
+    for each in begun:
+        await each.wait()
+    os.kill(state.pid, signal.SIGTERM)
+    answers: list[int] = []
+    refusals: list[tuple[str, int]] = []
+    async with asyncio.timeout(60):
+        while not all(each.done() for each in streams):
+            async with aiohttp.ClientSession() as http:
+                url = cluster.url + "/v1/completions"
+                try:
+                    async with http.post(url, json={**SHORT, "model": model}) as response:
+                        answers.append(response.status)
+                        if response.status == 503:
+                            headers = response.headers
+                            refusals.append((headers["Connection"], int(headers["Retry-After"])))
+                except aiohttp.ClientConnectorError as error:
+                    await asyncio.sleep(0.2)
+                    if error.errno == errno.ECONNREFUSED and not all(s.done() for s in streams):
+                        answers.append(0)
+                except aiohttp.ClientError:
+                    pass  # it was in the queue of the gateway that ended first
+    assert set(answers) <= {200, 503}
+    assert answers[-4:] == [503] * 4
+    assert {(connection, after > 0) for connection, after in refusals} == {("close", True)}
+    for text in await asyncio.gather(*streams):
+        assert '"error":' not in text
+        assert text.endswith(END)
+    async with asyncio.timeout(60):
+        while Path(f"/proc/{state.pid}/exe").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)

@@ -113,6 +113,9 @@ async def test_browsers_of_the_origins_that_are_named(harness: GatewayHarness) -
     stranger = {"Origin": "https://evil.example.com"}
     _, headers, _ = await call(harness, "GET", "/v1/models", headers=stranger)
     assert "Access-Control-Allow-Origin" not in headers
+    for path in ("/v1/models", "/nothing"):  # no preflight, and one answer for every path
+        status, headers, _ = await call(harness, "OPTIONS", path)
+        assert (status, "POST" in headers["Allow"]) == (204, True)
 
 
 async def test_a_body_that_is_too_large_is_refused_before_it_is_asked_for(

@@ -163,8 +163,9 @@ async def stream_events(
 async def running_cluster(
     run_dir: Path, model: Path, *, ranks: int = 4, flags: Sequence[str] = (), api_key: str = ""
 ) -> AsyncIterator[Cluster]:
-    """Starts `starfish up`, waits until it serves, stops it by SIGINT and checks that it ended
-    well. Its output is in `run_dir/up.log`. The cluster's requests are made with `api_key`."""
+    """Starts `starfish up`, waits until it serves, stops it by SIGINT unless it has ended, and
+    checks that it ended well. Its output is in `run_dir/up.log`. The cluster's requests are made
+    with `api_key`."""
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     port = free_port()
     with (run_dir / "up.log").open("wb") as output:
@@ -183,7 +184,8 @@ async def running_cluster(
             cluster = Cluster(run_dir, port, http)
             await _wait_ready(cluster, process, http)
             yield cluster
-        process.send_signal(signal.SIGINT)
+        if process.returncode is None:
+            process.send_signal(signal.SIGINT)
         async with asyncio.timeout(DOWN_TIMEOUT_S):
             assert await process.wait() == 0, (run_dir / "up.log").read_text()[-4000:]
     finally:

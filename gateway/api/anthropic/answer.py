@@ -4,6 +4,7 @@ text, calls of tools."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -28,6 +29,26 @@ _ERROR_TYPES = {
 }
 
 
+@dataclass(slots=True)
+class _Block:
+    """A block of content. `kind` is thinking, text or tool_use."""
+
+    kind: str
+    texts: list[str] = field(default_factory=list)
+    call_id: str = ""
+    name: str = ""
+
+    def plain(self) -> dict[str, Any]:
+        text = "".join(self.texts)
+        match self.kind:
+            case "thinking":  # no signature: the next request may carry any thinking
+                return {"type": "thinking", "thinking": text, "signature": ""}
+            case "text":
+                return {"type": "text", "text": text}
+        arguments = read_arguments(text)
+        return {"type": "tool_use", "id": self.call_id, "name": self.name, "input": arguments}
+
+
 class MessagesAnswer:
     """Implements `dialect.Dialect`. `id` is OpenAI's id of the answer. `seed`: the first event of a
     stream names it."""
@@ -36,19 +57,12 @@ class MessagesAnswer:
         self._id = "msg_" + id.removeprefix("chatcmpl-")
         self._model = model
         self._seed = {} if seed is None else {"seed": seed}
-        self._index = -1  # of the newest block
-        self._open = ""  # its type, while it is open
+        self._blocks: list[_Block] = []
+        self._is_open = False  # the newest one
 
-    def whole(self, message: Mapping[str, Any], ending: Ending) -> bytes:
-        content: list[dict[str, Any]] = []
-        if message.get("reasoning_content"):
-            content.append(_thinking(message["reasoning_content"]))
-        if message.get("content"):
-            content.append({"type": "text", "text": message["content"]})
-        for call in message.get("tool_calls") or ():
-            function = call["function"]
-            arguments = read_arguments(function["arguments"])
-            content.append(_tool_use(call["id"], function["name"], arguments))
+    def whole(self, deltas: Sequence[Mapping[str, Any]], ending: Ending) -> bytes:
+        self.deltas(deltas)
+        content = [block.plain() for block in self._blocks]
         return _encode({**self._message(content), **_stop(ending), "usage": _usage(ending.usage)})
 
     def number_from(self, number: int) -> None:
@@ -67,11 +81,9 @@ class MessagesAnswer:
         events: list[bytes] = []
         for delta in deltas:
             if text := delta.get("reasoning_content"):
-                events += self._enter("thinking", _thinking(""))
-                events.append(self._delta({"type": "thinking_delta", "thinking": text}))
+                events += [*self._enter("thinking"), self._add(text)]
             elif text := delta.get("content"):
-                events += self._enter("text", {"type": "text", "text": ""})
-                events.append(self._delta({"type": "text_delta", "text": text}))
+                events += [*self._enter("text"), self._add(text)]
             for call in delta.get("tool_calls") or ():
                 events += self._call(call)
         return events
@@ -92,32 +104,44 @@ class MessagesAnswer:
         function = call["function"]
         events: list[bytes] = []
         if "id" in call:
-            events = self._close()
-            events += self._enter("tool_use", _tool_use(call["id"], function["name"], {}))
+            events += self._enter("tool_use", call["id"], function["name"])
         if function.get("arguments"):
-            delta = {"type": "input_json_delta", "partial_json": function["arguments"]}
-            events.append(self._delta(delta))
+            events.append(self._add(function["arguments"]))
         return events
 
-    def _enter(self, kind: str, block: Mapping[str, Any]) -> list[bytes]:
-        if self._open == kind:
+    def _enter(self, kind: str, call_id: str = "", name: str = "") -> list[bytes]:
+        if self._is_open and self._blocks[-1].kind == kind and not call_id:
             return []
-        closed = self._close()
-        self._index += 1
-        self._open = kind
-        return [*closed, _event("content_block_start", index=self._index, content_block=block)]
+        events = self._close()
+        block = _Block(kind=kind, call_id=call_id, name=name)
+        events.append(
+            _event("content_block_start", index=len(self._blocks), content_block=block.plain())
+        )
+        self._blocks.append(block)
+        self._is_open = True
+        return events
+
+    def _add(self, text: str) -> bytes:
+        block = self._blocks[-1]
+        block.texts.append(text)
+        match block.kind:
+            case "thinking":
+                return self._delta({"type": "thinking_delta", "thinking": text})
+            case "text":
+                return self._delta({"type": "text_delta", "text": text})
+        return self._delta({"type": "input_json_delta", "partial_json": text})
 
     def _close(self) -> list[bytes]:
-        if not self._open:
+        if not self._is_open:
             return []
         events: list[bytes] = []
-        if self._open == "thinking":
+        if self._blocks[-1].kind == "thinking":
             events.append(self._delta({"type": "signature_delta", "signature": ""}))
-        self._open = ""
-        return [*events, _event("content_block_stop", index=self._index)]
+        self._is_open = False
+        return [*events, _event("content_block_stop", index=len(self._blocks) - 1)]
 
     def _delta(self, delta: Mapping[str, Any]) -> bytes:
-        return _event("content_block_delta", index=self._index, delta=delta)
+        return _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -152,20 +176,12 @@ def _event(kind: str, **fields: Any) -> bytes:
     return sent_event(kind, _encode({"type": kind, **fields}))
 
 
-def _thinking(text: str) -> dict[str, Any]:
-    """There is no signature: the next request may carry any thinking."""
-    return {"type": "thinking", "thinking": text, "signature": ""}
-
-
-def _tool_use(call: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call, "name": name, "input": arguments}
-
-
 def _stop(ending: Ending) -> dict[str, Any]:
+    """A stop sequence is named only where it is the reason."""
     reason = _STOP_REASONS.get(ending.reason)
-    if reason is None:
-        reason = "end_turn" if ending.stop_string is None else "stop_sequence"
-    return {"stop_reason": reason, "stop_sequence": ending.stop_string}
+    if reason is not None or ending.stop_string is None:
+        return {"stop_reason": reason or "end_turn", "stop_sequence": None}
+    return {"stop_reason": "stop_sequence", "stop_sequence": ending.stop_string}
 
 
 def _usage(usage: Usage) -> dict[str, int]:

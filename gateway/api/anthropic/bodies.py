@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import msgspec
+
+from gateway.api.bodies import DialectBody
 
 
 class Thinking(msgspec.Struct, kw_only=True):
@@ -23,8 +26,18 @@ class OutputConfig(msgspec.Struct, kw_only=True):
     effort: str | None = None
 
 
-class CountBody(msgspec.Struct, kw_only=True):
+class CountBody(DialectBody, kw_only=True):
     """What makes up the prompt."""
+
+    instead: ClassVar[Mapping[str, str]] = {
+        "stop": "stop_sequences",
+        "max_completion_tokens": "max_tokens",
+        "thinking_token_budget": "thinking",
+        "include_reasoning": "thinking",
+        "reasoning_effort": "output_config",
+        "response_format": "output_config",
+        "parallel_tool_calls": "tool_choice",
+    }
 
     model: str | None = None
     messages: list[Any]
@@ -45,7 +58,6 @@ class MessagesBody(CountBody, kw_only=True):
     stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
     stop_sequences: list[str] | None = None
     seed: int | None = None  # ours: that API has none
     output_format: dict[str, Any] | None = None

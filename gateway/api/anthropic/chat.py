@@ -31,8 +31,7 @@ def prompt_fields(body: CountBody) -> dict[str, Any]:
         chat["continue_final_message"] = True
     if body.tools:
         chat["tools"] = [_tool(index, tool) for index, tool in enumerate(body.tools)]
-        chat.update(_tool_choice(body.tool_choice))
-    return chat
+    return {**chat, **_tool_choice(body.tool_choice)}
 
 
 def chat_fields(body: MessagesBody) -> dict[str, Any]:
@@ -40,13 +39,12 @@ def chat_fields(body: MessagesBody) -> dict[str, Any]:
     for name, why in _ABSENT.items():
         if getattr(body, name):
             raise RequestError(f"{name} is not supported: {why}", param=name)
-    chat = prompt_fields(body)
+    chat = {**prompt_fields(body), **body.answer_fields()}
     chat |= {
         "max_tokens": body.max_tokens,
         "stream": body.stream,
         "temperature": body.temperature,
         "top_p": body.top_p,
-        "top_k": body.top_k,
         "stop": body.stop_sequences,
         "seed": body.seed,
         "response_format": _response_format(body),

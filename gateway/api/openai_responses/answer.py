@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -18,16 +18,21 @@ _encode = msgspec.json.encode
 
 @dataclass(slots=True)
 class _Item:
-    """An item of output that is being written. `kind` is message, reasoning or function_call."""
+    """An item of output. `kind` is message, reasoning or function_call."""
 
     kind: str
     index: int
     id: str
-    text: str = ""
+    status: str = "in_progress"
+    texts: list[str] = field(default_factory=list)
     call_id: str = ""
     name: str = ""
 
-    def plain(self, status: str) -> dict[str, Any]:
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def plain(self) -> dict[str, Any]:
         match self.kind:
             case "reasoning":
                 content = [{"type": "reasoning_text", "text": self.text}] if self.text else []
@@ -36,22 +41,22 @@ class _Item:
                     "type": "reasoning",
                     "summary": [],
                     "content": content,
-                    "status": status,
+                    "status": self.status,
                 }
             case "function_call":
                 return {
                     "id": self.id,
                     "type": "function_call",
-                    "status": status,
+                    "status": self.status,
                     "call_id": self.call_id,
                     "name": self.name,
                     "arguments": self.text,
                 }
-        content = [_output_text(self.text)] if status != "in_progress" else []
+        content = [_output_text(self.text)] if self.status != "in_progress" else []
         return {
             "id": self.id,
             "type": "message",
-            "status": status,
+            "status": self.status,
             "role": "assistant",
             "content": content,
         }
@@ -75,16 +80,9 @@ class ResponseAnswer:
         self._sequence = 0
         self.done: dict[str, Any] | None = None
 
-    def whole(self, message: Mapping[str, Any], ending: Ending) -> bytes:
-        if text := message.get("reasoning_content"):
-            self._new_item("reasoning").text = text
-        if message.get("content") or not message.get("tool_calls"):
-            self._new_item("message").text = message.get("content") or ""
-        for call in message.get("tool_calls") or ():
-            item = self._new_item("function_call")
-            item.call_id, item.name = call["id"], call["function"]["name"]
-            item.text = call["function"]["arguments"]
-        self.done = self._response(ending)
+    def whole(self, deltas: Sequence[Mapping[str, Any]], ending: Ending) -> bytes:
+        self.deltas(deltas)
+        self._finish(ending)
         return _encode(self.done)
 
     def number_from(self, number: int) -> None:
@@ -109,12 +107,16 @@ class ResponseAnswer:
         return events
 
     def end(self, ending: Ending) -> list[bytes]:
+        events, response = self._finish(ending)
+        return [*events, self._event(f"response.{response['status']}", response=response)]
+
+    def _finish(self, ending: Ending) -> tuple[list[bytes], dict[str, Any]]:
         events: list[bytes] = []
         if not self._items:
             events += self._enter("message")
         events += self._close(_item_status(ending))
         self.done = self._response(ending)
-        return [*events, self._event(f"response.{self.done['status']}", response=self.done)]
+        return events, self.done
 
     def failed(self, error: HttpError) -> bytes:
         plain = msgspec.json.decode(error.body)["error"]
@@ -122,7 +124,7 @@ class ResponseAnswer:
         response = {
             **self._response(None),
             "status": "failed",
-            "output": [item.plain("incomplete") for item in self._items],
+            "output": [item.plain() for item in self._items],
             "error": {"code": "server_error", "message": plain["message"]},
         }
         return b"".join(events) + self._event("response.failed", response=response)
@@ -143,7 +145,7 @@ class ResponseAnswer:
         events = self._close("completed")
         item = self._open = self._new_item(kind)
         item.call_id, item.name = call_id, name
-        added = {"output_index": item.index, "item": item.plain("in_progress")}
+        added = {"output_index": item.index, "item": item.plain()}
         events.append(self._event("response.output_item.added", **added))
         if kind == "function_call":
             return events
@@ -153,7 +155,7 @@ class ResponseAnswer:
     def _add(self, text: str) -> bytes:
         item = self._open
         assert item is not None, "an item is entered before it is written"
-        item.text += text
+        item.texts.append(text)
         match item.kind:
             case "message":
                 fields: dict[str, Any] = {**_content(item), "delta": text, "logprobs": []}
@@ -167,6 +169,7 @@ class ResponseAnswer:
         item, self._open = self._open, None
         if item is None:
             return []
+        item.status = status
         match item.kind:
             case "message":
                 part = _output_text(item.text)
@@ -191,7 +194,7 @@ class ResponseAnswer:
                         arguments=item.text,
                     )
                 ]
-        done = {"output_index": item.index, "item": item.plain(status)}
+        done = {"output_index": item.index, "item": item.plain()}
         return [*events, self._event("response.output_item.done", **done)]
 
     def _new_item(self, kind: str) -> _Item:
@@ -206,11 +209,6 @@ class ResponseAnswer:
         body = self._body
         cut_off = ending is not None and ending.reason == "length"
         status = "in_progress" if ending is None else "incomplete" if cut_off else "completed"
-        last = len(self._items) - 1
-        output = [
-            item.plain("incomplete" if cut_off and item.index == last else "completed")
-            for item in self._items
-        ]
         text = body.text.format if body.text is not None and body.text.format else {"type": "text"}
         return {
             "id": self.id,
@@ -223,7 +221,7 @@ class ResponseAnswer:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "model": self._model,
-            "output": [] if ending is None else output,
+            "output": [] if ending is None else [item.plain() for item in self._items],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
             "reasoning": {

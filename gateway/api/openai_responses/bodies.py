@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import msgspec
 
+from gateway.api.bodies import DialectBody
 from shared.errors import RequestError
 
 
@@ -25,8 +27,22 @@ class TextOptions(msgspec.Struct, kw_only=True):
     verbosity: Any = None
 
 
-class ResponsesBody(msgspec.Struct, kw_only=True):
+class ResponseStreamOptions(msgspec.Struct, kw_only=True):
+    """Nothing is added to events."""
+
+    include_obfuscation: bool | None = None
+
+
+class ResponsesBody(DialectBody, kw_only=True):
     """`input` is a text or a list of items."""
+
+    instead: ClassVar[Mapping[str, str]] = {
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "max_completion_tokens": "max_output_tokens",
+        "reasoning_effort": "reasoning",
+        "response_format": "text",
+    }
 
     input: str | list[Any]
     model: str | None = None
@@ -35,6 +51,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None  # ours: that API has none
+    stop: str | list[str] | None = None  # ours, too
     stream: bool | None = None
     store: bool | None = None
     previous_response_id: str | None = None
@@ -48,7 +65,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     truncation: str | None = None
     include: list[str] | None = None
     # They change nothing in the answer:
-    stream_options: Any = None
+    stream_options: ResponseStreamOptions | None = None
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None

@@ -26,10 +26,12 @@ def chat_fields(body: ResponsesBody, earlier: Sequence[Mapping[str, Any]]) -> di
         "temperature": body.temperature,
         "top_p": body.top_p,
         "seed": body.seed,
+        "stop": body.stop,
         "stream": body.stream,
     }
     if body.truncation == "auto":
         chat["truncate_prompt_tokens"] = -1
+    chat |= body.answer_fields()
     if body.tools:
         chat["tools"] = [_tool(index, tool) for index, tool in enumerate(body.tools)]
         chat["parallel_tool_calls"] = body.parallel_tool_calls

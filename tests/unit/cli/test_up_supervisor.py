@@ -128,3 +128,62 @@ async def test_a_standby_takes_over_before_etcd_is_asked_who_led(tmp_path: Path)
     os.kill(successor, signal.SIGKILL)
     await supervisor.stop(service)
     supervisor.close_lifeline()
+
+
+_DRAINING = """
+import os, signal, sys, time
+from pathlib import Path
+name, fd = sys.argv[1], int(sys.argv[sys.argv.index("--handover-fd") + 1])
+def drain(*_):
+    try:
+        os.write(fd, b"1\\n")
+        taken = "taken over"
+    except BrokenPipeError:
+        taken = "alone"
+    Path(name + "-drains").write_text(taken)
+    while not (Path(sys.argv[2]) / "end").exists():
+        time.sleep(0.01)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, drain)
+print(os.getpid(), flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+async def test_services_that_stop_together_drain_together_and_nobody_takes_over(
+    tmp_path: Path,
+) -> None:
+    supervisor = Supervisor(
+        tmp_path,
+        FakeClock(),
+        run="",
+        warn=lambda text: None,
+        revoke_leadership=_revokes_nothing,
+    )
+    gateways = [
+        Service(
+            name=f"gateway-{number}",
+            argv=(
+                *(sys.executable, "-c", _DRAINING),
+                *(str(tmp_path / f"gateway-{number}"), str(tmp_path)),
+            ),
+            stop_timeout_s=30.0,
+            standby="s",
+        )
+        for number in range(2)
+    ]
+    for service in gateways:
+        await supervisor.start(service)
+        await pid_in(tmp_path / f"{service.name}.log")
+    stopping = asyncio.create_task(supervisor.stop(*gateways))
+    for service in gateways:  # the other one has not ended
+        async with asyncio.timeout(20):
+            while not (said := tmp_path / f"{service.name}-drains").exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert not stopping.done()
+    (tmp_path / "end").touch()
+    await stopping
+    assert all(map(supervisor.has_exited, gateways))
+    assert said.read_text() == "alone"
+    supervisor.close_lifeline()

@@ -274,6 +274,20 @@ def test_it_gives_up_at_its_deadline_and_not_before() -> None:
     assert session.failure.kind is FailureKind.NO_RANK
 
 
+def test_a_timeout_that_is_over_before_it_begins_says_no_negative_time() -> None:
+    session = StreamSession(
+        session=SessionId("g/1"),
+        prompt=(7,),
+        sampling=SamplingParams(max_tokens=8),
+        policy=POLICY,
+        now=5.0,
+        expires_at=4.0,
+    )
+    session.on_time(5.0)
+    assert session.failure is not None
+    assert "0 s after it began" in session.failure.message
+
+
 def test_the_deadline_counts_from_the_loss_of_a_rank_that_served() -> None:
     session = new_session()
     session.place(A, 0.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.tool_prompt import with_tools
+from gateway.tool_prompt import with_all_fields, with_tools
 from shared.errors import RequestError
 
 TOOL = {"type": "function", "function": {"name": "wetter", "description": "Für Köln"}}
@@ -63,3 +63,20 @@ def test_a_call_whose_function_is_none_is_read_as_a_flat_one(function: object) -
     call = {"function": function, "name": "f", "arguments": '{"x": 1}'}
     (message,) = with_tools([{"role": "assistant", "tool_calls": [call]}], [])
     assert '{"name": "f", "arguments": {"x": 1}}' in message["content"]
+
+
+def test_what_a_tool_leaves_out_is_empty_for_templates_that_take_it_for_granted() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    bare = {"type": "function", "function": {"name": "f"}}
+    nulls = {"function": {"name": "f", "description": None, "parameters": None, "strict": True}}
+    whole = {
+        "type": "function",
+        "function": {"name": "f", "description": "d", "parameters": schema},
+    }
+    empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    assert with_all_fields([bare, nulls, whole]) == [
+        {"type": "function", "function": {"name": "f", **empty}},
+        {"function": {"name": "f", "strict": True, **empty}},
+        whole,
+    ]
+    assert bare == {"type": "function", "function": {"name": "f"}}

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.api.errors import http_error
 from shared.errors import RequestError
-from shared.request_body import ContentCoding, content_coding, decompress
+from shared.request_body import MEMBERS_MAX, ContentCoding, content_coding, decompress
 
 BODY = json.dumps({"prompt": "x" * 1000}).encode()
 LIMIT = 4096
@@ -46,10 +46,21 @@ def test_others_are_415_in_openais_shape(header: str) -> None:
     assert json.loads(error.body)["error"]["code"] == "unsupported_content_encoding"
 
 
+def test_several_lines_are_a_list_of_codings() -> None:
+    assert content_coding() is None
+    for lines in (("gzip", "gzip"), ("identity", "gzip"), ("gzip", "")):
+        with pytest.raises(RequestError, match="not supported"):
+            content_coding(*lines)
+
+
 @pytest.mark.parametrize(
     ("coding", "raw"),
     [
         (ContentCoding.GZIP, gzip.compress(BODY, mtime=0)),
+        (
+            ContentCoding.GZIP,
+            gzip.compress(BODY[:9]) + gzip.compress(b"") + gzip.compress(BODY[9:]),
+        ),
         (ContentCoding.DEFLATE, zlib.compress(BODY)),
         (ContentCoding.DEFLATE, raw_deflate(BODY)),
     ],
@@ -64,6 +75,22 @@ def test_what_is_not_so_coded_is_a_fault_of_the_client(coding: ContentCoding, ra
     with pytest.raises(RequestError) as refused:
         decompress(raw, coding, LIMIT)
     assert http_error(refused.value).status == 400
+
+
+def test_members_of_gzip_are_bounded_together() -> None:
+    part = gzip.compress(b" " * (LIMIT // 2))
+    assert decompress(part * 2, ContentCoding.GZIP, LIMIT) == b" " * LIMIT
+    for raw, status in (
+        (part * 2 + gzip.compress(b" "), 413),
+        (gzip.compress(b"") * (MEMBERS_MAX + 1), 400),
+        (part + part[:-1], 400),
+        (part + b"x", 400),
+    ):
+        with pytest.raises(RequestError) as refused:
+            decompress(raw, ContentCoding.GZIP, LIMIT)
+        assert http_error(refused.value).status == status
+    with pytest.raises(RequestError):
+        decompress(zlib.compress(b"a") * 2, ContentCoding.DEFLATE, LIMIT)
 
 
 @pytest.mark.parametrize("coding", list(ContentCoding))

@@ -126,6 +126,23 @@ def test_a_call_that_is_forced_is_one_that_is_read(model: Model, name: str) -> N
     assert not model.follows(grammar, "")
 
 
+@pytest.mark.parametrize("name", sorted(ONE_CALL))
+def test_a_marker_that_forced_arguments_spell_is_text(model: Model, name: str) -> None:
+    texts = ("<|end|>", "<|call|>", "<|channel|>", "</tool_call>", "<tool_call>", "[TOOL_CALLS]")
+    arguments = json.dumps({"n": "".join((*texts, "<｜tool▁call▁end｜>", "\n```", "y"))})
+    message = model.message(plan(name), ONE_CALL[name].replace('{"n": 7}', arguments))
+    (call,) = message["tool_calls"]
+    assert call["function"]["arguments"] == arguments
+    assert message["content"] is None
+
+
+def test_a_marker_that_a_demanded_form_spells_is_text(model: Model) -> None:
+    form = plan("openai", "openai_gptoss", mode=ToolMode.NONE, demands_form=True)
+    before = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    message = model.message(form, before + "<|channel|>final<|message|>a<|end|>b<|channel|>c")
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", "a<|end|>b<|channel|>c")
+
+
 def test_the_number_of_calls_is_limited(model: Model) -> None:
     one, four = (plan("hermes", calls_max=n).grammar("", model.ids.get) for n in (1, 4))
     calls = [hermes(*[("g", "{}")] * count) for count in range(6)]

@@ -158,3 +158,21 @@ def test_what_is_just_small_enough_is_read() -> None:
     assert form_of(guided_json=properties(1000)) is not None
     assert form_of(guided_json=nested(60)) is not None
     assert form_of(guided_regex="a" * (64 << 10)) is not None
+
+
+def test_forms_that_exclude_each_other_are_named_as_they_were_sent() -> None:
+    inner = {"json": {}, "regex": "a"}
+    for fields, named in (
+        ({"structured_outputs": inner}, "structured_outputs.json and structured_outputs.regex"),
+        (
+            {"guided_regex": "a", "structured_outputs": {"json_object": True}},
+            "guided_regex and structured_outputs.json_object",
+        ),
+        (
+            {"guided_regex": "a", "response_format": {"type": "json_object"}},
+            "guided_regex and response_format",
+        ),
+    ):
+        with pytest.raises(RequestError, match=f"^{named} exclude each other") as caught:
+            form_of(**fields)
+        assert caught.value.param in fields

@@ -4,6 +4,7 @@ that vLLM and SGLang read."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,14 +13,21 @@ from openai.types import completion_create_params
 from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat_create_params
 
+from gateway.api.anthropic.bodies import MessagesBody
+from gateway.api.anthropic.chat import chat_fields as chat_of_messages
 from gateway.api.bodies import (
+    AnswerFields,
     ChatBody,
     CompletionBody,
+    DialectBody,
     GenerationBody,
     StreamOptions,
     decode_body,
     ignored_fields,
 )
+from gateway.api.dialect import naming_fields
+from gateway.api.openai_responses.bodies import ResponsesBody
+from gateway.api.openai_responses.chat import chat_fields as chat_of_response
 from gateway.api.request_fields import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
@@ -205,3 +213,89 @@ def test_every_refusal_and_every_harmless_field_has_its_reason() -> None:
     for _, table in BODIES:
         for about in table.values():
             assert about.note or about.support is not Support.HARMLESS, about.name
+
+
+DIALECTS: list[tuple[type[DialectBody], dict[str, Any], Callable[[Any], dict[str, Any]]]] = [
+    (
+        MessagesBody,
+        {"max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]},
+        chat_of_messages,
+    ),
+    (ResponsesBody, {"input": "hi"}, lambda body: chat_of_response(body, [])),
+]
+ANSWER_FIELDS: dict[str, Any] = {
+    "min_tokens": 2,
+    "top_k": 3,
+    "min_p": 0.5,
+    "stop_token_ids": [4],
+    "ignore_eos": True,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.25,
+    "repetition_penalty": 1.5,
+    "logit_bias": {5: 1.5},
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "structured_outputs": {"regex": "a"},
+    "guided_json": {"const": 1},
+    "guided_regex": "a",
+    "guided_choice": ["a"],
+    "guided_grammar": 'start: "a"',
+    "guided_whitespace_pattern": " ",
+    "bad_words": ["a"],
+    "allowed_token_ids": [6],
+    "truncate_prompt_tokens": 7,
+    "truncation_side": "left",
+    "priority": 1,
+    "timeout": 8.5,
+    "cache_salt": "a",
+}
+
+
+@pytest.mark.parametrize(("cls", "least", "chat_of"), DIALECTS)
+def test_what_means_the_same_in_every_api_is_served_in_every_api(
+    cls: type[DialectBody], least: dict[str, Any], chat_of: Callable[[Any], dict[str, Any]]
+) -> None:
+    assert set(ANSWER_FIELDS) == set(AnswerFields.__struct_fields__)
+    body = decode_body(json.dumps({**least, **ANSWER_FIELDS}).encode(), cls)
+    chat = chat_of(body)
+    assert {name: chat[name] for name in ANSWER_FIELDS} == ANSWER_FIELDS
+    msgspec.convert(chat, ChatBody)
+
+
+@pytest.mark.parametrize(("cls", "least", "chat_of"), DIALECTS)
+def test_what_another_api_has_not_of_a_chat_is_refused_by_name(
+    cls: type[DialectBody], least: dict[str, Any], chat_of: Callable[[Any], dict[str, Any]]
+) -> None:
+    for name, about in CHAT_FIELDS.items():
+        raw = json.dumps({**least, name: ["something else"]}).encode()
+        if name in cls.__struct_fields__:
+            continue
+        if about.support is Support.HARMLESS:
+            decode_body(raw, cls)
+            continue
+        with pytest.raises(RequestError, match=f"^{name} is not supported here: ") as caught:
+            decode_body(raw, cls)
+        assert (caught.value.param, caught.value.code) == (name, "unsupported_field")
+        for plain in (None, *about.neutral):
+            decode_body(json.dumps({**least, name: plain}).encode(), cls)
+    for name, plain in {"n": 1, "logprobs": False, "return_token_ids": False}.items():
+        decode_body(json.dumps({**least, name: plain}).encode(), cls)
+
+
+def test_a_refusal_says_what_to_use_in_place_of_the_field() -> None:
+    raw = json.dumps({"input": "hi", "max_tokens": 7}).encode()
+    with (
+        pytest.raises(RequestError, match="here: use max_output_tokens") as caught,
+        naming_fields({"max_tokens": "max_output_tokens"}),
+    ):
+        decode_body(raw, ResponsesBody)
+    assert caught.value.param == "max_tokens"
+
+
+def test_the_options_of_a_responses_stream_are_an_object() -> None:
+    for value in ("x", 7, {"include_obfuscation": "x"}):
+        with pytest.raises(RequestError) as caught:
+            decode_body(
+                json.dumps({"input": "hi", "stream_options": value}).encode(), ResponsesBody
+            )
+        assert caught.value.param == "stream_options"

@@ -90,3 +90,12 @@ def test_log_probabilities_are_bounded_in_tokens_times_likeliest_times_choices(
 def test_what_shows_none_or_streams_is_not_bounded() -> None:
     check_num_logprobs(options(), [ChoiceSize(10_000, 10_000)], 1)
     check_num_logprobs(options(logprobs=20, stream=True), [ChoiceSize(10_000, 10_000)], 1)
+
+
+def test_a_forced_call_has_no_stops() -> None:
+    plain = options(stop=["}", "x"], stop_token_ids=[5])
+    forced = plain.guided_by("g", forces_call=True)
+    assert (forced.stops, forced.sampling.stop_token_ids) == ((), ())
+    kept = plain.guided_by("g")
+    assert (kept.stops, kept.sampling.stop_token_ids) == (("}", "x"), (5,))
+    assert forced.sampling.grammar == kept.sampling.grammar == "g"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from gateway.api.token_routes import DetokenizeBody, TokenizeBody, detokenize, tokenize
@@ -84,3 +85,11 @@ async def test_a_short_text(served: ServedModel, text: str) -> None:
     assert answer["token_strs"] is None
     back = await detokenize(served, DetokenizeBody(tokens=answer["tokens"]), LIMITS)
     assert json.loads(back) == {"prompt": text}
+
+
+async def test_null_is_no_value(served: ServedModel) -> None:
+    fields = ("add_special_tokens", "return_token_strs", "continue_final_message")
+    nulls = msgspec.convert({"prompt": "a b", **dict.fromkeys(fields)}, TokenizeBody)
+    plain = TokenizeBody(prompt="a b")
+    answers = [await tokenize(served, body, LIMITS, chars_max=99) for body in (nulls, plain)]
+    assert answers[0] == answers[1]

@@ -45,32 +45,29 @@ def call(index: int, **function: str) -> dict[str, Any]:
 
 
 def test_a_whole_answer_with_every_kind_of_block() -> None:
-    message = {
-        "role": "assistant",
-        "reasoning_content": "hm",
-        "content": "hi",
-        "tool_calls": [
-            {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": '{"x":1}'}}
-        ],
-    }
-    body = msgspec.json.decode(answer().whole(message, ending("tool_calls")))
+    deltas = [
+        {"reasoning_content": "hm"},
+        {"content": "hi"},
+        call(0, name="f", arguments='{"x":1}'),
+        {"content": "there"},
+    ]
+    body = msgspec.json.decode(answer().whole(deltas, ending("tool_calls")))
     parsed = Message.model_validate(body)
-    assert [block.type for block in parsed.content] == ["thinking", "text", "tool_use"]
+    assert [block.type for block in parsed.content] == ["thinking", "text", "tool_use", "text"]
     assert body["content"][2]["input"] == {"x": 1}
     assert parsed.stop_reason == "tool_use"
     assert (parsed.usage.input_tokens, parsed.usage.cache_read_input_tokens) == (6, 4)
 
 
 def test_why_an_answer_ended() -> None:
-    message = {"role": "assistant", "content": "hi"}
-
     def stop_of(end: Ending) -> tuple[str, str | None]:
-        body = msgspec.json.decode(answer().whole(message, end))
+        body = msgspec.json.decode(answer().whole([{"content": "hi"}], end))
         return body["stop_reason"], body["stop_sequence"]
 
     assert stop_of(ending("stop")) == ("end_turn", None)
-    assert stop_of(ending("length")) == ("max_tokens", None)
     assert stop_of(ending("stop", "END")) == ("stop_sequence", "END")
+    assert stop_of(ending("tool_calls", "END")) == ("tool_use", None)
+    assert stop_of(ending("length")) == ("max_tokens", None)
 
 
 def test_a_stream_opens_and_closes_each_block_once() -> None:

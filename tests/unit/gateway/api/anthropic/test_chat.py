@@ -14,6 +14,8 @@ from anthropic.types.thinking_config_enabled_param import ThinkingConfigEnabledP
 
 from gateway.api.anthropic.bodies import CountBody, MessagesBody, OutputConfig, Thinking
 from gateway.api.anthropic.chat import chat_fields
+from gateway.api.bodies import ChatBody
+from gateway.api.tools import ToolMode, read_tools
 from shared.errors import RequestError
 
 
@@ -98,6 +100,18 @@ def test_tools_and_their_choice(choice: Any, expected: dict[str, Any]) -> None:
     assert {
         name: chat[name] for name in chat if name in ("tool_choice", "parallel_tool_calls")
     } == (expected)
+
+
+def test_a_choice_of_tools_needs_tools() -> None:
+    for tools in ({}, {"tools": []}):
+        for kind in ({"type": "any"}, {"type": "tool", "name": "f"}):
+            chat = msgspec.convert(chat_of(**tools, tool_choice=kind), ChatBody)
+            with pytest.raises(RequestError) as caught:
+                read_tools(chat)
+            assert caught.value.param == "tool_choice"
+        for kind in ({"type": "auto"}, {"type": "none"}):
+            chat = msgspec.convert(chat_of(**tools, tool_choice=kind), ChatBody)
+            assert read_tools(chat).mode is ToolMode.NONE
 
 
 def test_thinking_is_off_unless_it_is_asked_for() -> None:

@@ -149,15 +149,8 @@ def test_what_cannot_be_done_names_its_field(fields: dict[str, Any]) -> None:
 
 
 def test_a_whole_response() -> None:
-    message = {
-        "role": "assistant",
-        "reasoning_content": "hm",
-        "content": "hi",
-        "tool_calls": [
-            {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-        ],
-    }
-    body = msgspec.json.decode(answer().whole(message, ending("tool_calls")))
+    deltas = [{"reasoning_content": "hm"}, {"content": "hi"}, call(0, name="f", arguments="{}")]
+    body = msgspec.json.decode(answer().whole(deltas, ending("tool_calls")))
     parsed = Response.model_validate(body)
     assert [item.type for item in parsed.output] == ["reasoning", "message", "function_call"]
     assert (parsed.status, parsed.output_text) == ("completed", "hi")
@@ -166,34 +159,18 @@ def test_a_whole_response() -> None:
 
 
 def test_a_response_that_was_cut_off_says_so() -> None:
-    writer = answer()
-    body = msgspec.json.decode(writer.whole({"content": "hi"}, ending("length")))
-    assert (body["status"], body["incomplete_details"]) == (
-        "incomplete",
-        {"reason": "max_output_tokens"},
-    )
-    assert body["output"][-1]["status"] == "incomplete"
-
-
-def test_a_stream_ends_with_the_same_response_as_the_whole() -> None:
-    writer = answer()
-    written = writer.begin(USAGE)
-    written += writer.deltas([{"reasoning_content": "h"}, {"reasoning_content": "m"}])
-    written += writer.deltas([{"content": "h"}, {"content": "i"}, call(0, name="f", arguments="")])
-    written += writer.deltas([call(0, arguments="{"), call(0, arguments="}")])
-    written += writer.end(ending("tool_calls"))
-    events = events_of(written)
-    message = {
-        "reasoning_content": "hm",
-        "content": "hi",
-        "tool_calls": [{"id": "call_0", "function": {"name": "f", "arguments": "{}"}}],
-    }
-    whole = msgspec.json.decode(answer().whole(message, ending("tool_calls")))
-    assert events[-1]["type"] == "response.completed"
-    assert events[-1]["response"] == whole
-    added = [e["item"]["type"] for e in events if e["type"] == "response.output_item.added"]
-    done = [e["item"]["type"] for e in events if e["type"] == "response.output_item.done"]
-    assert added == done == ["reasoning", "message", "function_call"]
+    for deltas, kind in (
+        ([{"content": "hi"}], "message"),
+        ([{"reasoning_content": "hm"}], "reasoning"),
+        ([call(0, name="f", arguments='{"x"')], "function_call"),
+        ([], "message"),
+    ):
+        body = msgspec.json.decode(answer().whole(deltas, ending("length")))
+        assert (body["status"], body["incomplete_details"]) == (
+            "incomplete",
+            {"reason": "max_output_tokens"},
+        )
+        assert [(item["type"], item["status"]) for item in body["output"]] == [(kind, "incomplete")]
 
 
 def test_an_empty_stream_has_an_empty_message() -> None:
