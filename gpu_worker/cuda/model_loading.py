@@ -72,9 +72,9 @@ def load_cuda_model(
     _check_card(needed, device)
     header = expert_cache_header(checkpoint, reader, spec)
     host_experts = open_host_experts(reader, cache_memory, header)
-    host_experts.start_pinning(device)
     with StagedCopy(device) as staged_copy:
         weights = layout.read(WeightReader(checkpoint, device, dtype, staged_copy))
+    host_experts.start_pinning(device)  # not before: copies to the card would wait for it
     slots = CudaSlots(
         num_layers=spec.num_moe_layers,
         slots_per_rank=slots_per_rank,
