@@ -383,7 +383,7 @@ class Membership:
     ) -> Write | None:
         """Nobody uses a slot while it is loaded: a map that leaves those slots empty comes first,
         with the assignments, unless they are empty already."""
-        emptied = emptied_for(expert_map, wanted)
+        emptied = emptied_for(residency, expert_map, wanted)
         if np.array_equal(residency.placement(emptied), expert_map.placement):
             return self._writes.assign(residency, wanted)
         epoch = self._writes.next_epoch(residency.state)

@@ -100,13 +100,17 @@ def plan_leave(
 
 
 def emptied_for(
-    expert_map: ExpertMap, wanted: Mapping[Member, Placement]
+    residency: Residency, expert_map: ExpertMap, wanted: Mapping[Member, Placement]
 ) -> dict[Member, Placement]:
-    """The map's rows, less what `wanted` has something else for."""
-    rows = {m: expert_map.placement[:, m.rank] for m in expert_map.members}
-    for member, row in wanted.items():
-        changes = (rows[member] >= 0) & (rows[member] != row)
-        rows[member] = np.where(changes, EMPTY_SLOT, rows[member]).astype(np.int16)
+    """The map's rows and what has been loaded since, less what `wanted` has something else for:
+    that may be surplus because of what has been loaded."""
+    rows = {}
+    for member in expert_map.members:
+        row = expert_map.placement[:, member.rank]
+        row = np.where(row < 0, residency.available(member), row)
+        if member in wanted:
+            row = np.where(row == wanted[member], row, np.minimum(row, EMPTY_SLOT))
+        rows[member] = row.astype(np.int16)
     return rows
 
 

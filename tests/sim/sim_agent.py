@@ -46,8 +46,8 @@ Spawner = Callable[[Member, int, str], SimProcess]
 
 
 class SimAgent:
-    """Runs one rank at most: the one of its flags, or that which the desired state places here.
-    `run` never ends."""
+    """Runs one rank at most, apart from one that is about to leave: the one of its flags, or that
+    which the desired state places here. `run` never ends."""
 
     def __init__(
         self,
@@ -67,7 +67,8 @@ class SimAgent:
         self._lease_ttl_s = lease_ttl_s
         self._spawn = spawn
         self._rng = rng
-        self.process: SimProcess | None = None
+        self.process: SimProcess | None = None  # the newest
+        self._processes: dict[RankId, SimProcess] = {}
         record = AgentRecord(node=NodeId(node), pid=1, ranks=ranks, ranks_max=1)
         self._leased = LeasedKeys(store, ttl_s=lease_ttl_s)
         self._leased.put(keys.agent(record.node), pack_record(record))
@@ -190,9 +191,8 @@ class SimAgent:
                             running_rank, exit_code, agent_lease_id=self._lease_id
                         )
                     )
-                case Kill() | Terminate():
-                    assert self.process is not None
-                    kill(self.process)
+                case Kill(running_rank=running_rank) | Terminate(running_rank=running_rank):
+                    kill(self._processes[running_rank.member.rank])
 
     async def _run_rank(self, rank: RankId) -> None:
         try:
@@ -206,7 +206,7 @@ class SimAgent:
         process = self._spawn(member, lease_id, self._desired_ranks.node)
         exited = asyncio.Event()
         process.on_death.append(exited.set)
-        self.process = process
+        self.process = self._processes[rank] = process
         running_rank = RunningRank(member=member, lease_id=lease_id, pid=os.getpid())
         self._perform(self._supervisor.on_spawned(running_rank, self._clock.now()))
         async with self._keeping_lease(running_rank):
