@@ -4,7 +4,7 @@ carries the change out is `planned_change`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from control_plane.capacity import Capacity, rank_limit
@@ -51,7 +51,7 @@ class DrainNode:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Undrain:
     """Takes the drains of these ranks back, whoever asked for them. One that was about to leave for
-    good, or to move, stays where it runs."""
+    good, or to move, stays where it runs; refused if its place there is another rank's by now."""
 
     ranks: tuple[RankId, ...]
 
@@ -290,9 +290,24 @@ class _Changer:
             rank: records[rank].node if rank in records else node_of(self._state, rank)
             for rank in set(ranks) & drained
         }
+        if refusal := self._refuse_return(back):
+            return refusal
         others = [each for each in self._desired.ranks if each.rank not in back]
         kept = [DesiredRank(rank=rank, node=node) for rank, node in back.items()]
         return replace(self._desired, drains=drains, ranks=_sorted([*others, *kept]))
+
+    def _refuse_return(self, back: Mapping[RankId, NodeId]) -> Refusal | None:
+        """If the place that a moving rank would keep has been given to another one meanwhile."""
+        choice = NodeChoice(self._state)
+        for rank, node in sorted(back.items()):
+            to = self._desired.node_of(rank)
+            if to not in ("", node) and node in choice.nodes and choice.take(rank, node) is None:
+                return Refusal(
+                    reason=f"rank {rank} is on its way to node {to!r}, and another rank has been "
+                    f"given its place on node {node!r}",
+                    needed=f"let it move, and replace it back when node {node!r} has room",
+                )
+        return None
 
     def _undrain_node(self, node: NodeId) -> DesiredState | Refusal:
         ranks = self._ranks_of(node)

@@ -158,7 +158,8 @@ class RankMembership:
         self._wanted: Placement | None = None
         self._wanted_epoch = Epoch(0)
         self._wanted_number = 0
-        self._published: SlotContents | None = None
+        none = np.full_like(residents, EMPTY_SLOT)
+        self._published: SlotContents | None = SlotContents.of(self._member, none, number=0)
         self._engine_held_epoch = Epoch(0)
         self._loading: NDArray[np.bool_] | None = None  # which slots
         self._map: ExpertMap | None = None

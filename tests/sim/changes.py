@@ -70,8 +70,9 @@ class Changes:
     async def end(self) -> None:
         """Takes back what would keep ranks out, or the dead in."""
         await self.ask(ResumeVerdicts())
-        if drained := tuple(drain.rank for drain in self.desired.drains):
-            await self.ask(Undrain(ranks=drained))
+        for rank in [drain.rank for drain in self.desired.drains]:
+            # Refused if its place is another one's by now: then it moves.
+            await self.ask(Undrain(ranks=(rank,)))
 
     async def ask(self, change: Change) -> None:
         """Again and again until somebody has answered: the request id makes that harmless. Raises
@@ -150,7 +151,7 @@ class Changes:
         await self.ask(Rebalance())
 
     async def _tell_to_leave(self) -> None:
-        """SIGTERM."""
+        """SIGTERM. A second one ends the process at once."""
         host = self._rng.randrange(self._cluster.sizes.num_hosts)
         process = self._cluster.process_of(host)
         rank = next(
@@ -160,5 +161,6 @@ class Changes:
         if process is None or rank is None:
             return
         self._log(f"SIGTERM to {rank.member}")
-        self._cluster.told_to_leave[process] = self._cluster.clock.now() + LEAVE_GRACE_S
+        told, now = self._cluster.told_to_leave, self._cluster.clock.now()
+        told[process] = now if process in told else now + LEAVE_GRACE_S
         self._cluster.run_in(process, lambda: rank.leave(LEAVE_GRACE_S))

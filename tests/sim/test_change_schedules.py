@@ -21,7 +21,12 @@ NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "180")) // 6
 FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
 NUM_CARD_SCHEDULES = NUM_SCHEDULES // 2
 PART = 15
+REGRESSION_SEEDS = {
+    710220: "a drain emptied a replica whose only other one was loaded, and in no map yet",
+    710562: "a rank was taken back to a place that had become another one's",
+}
 CARD_REGRESSION_SEEDS = {
+    710105: "a map named a slot that a rank was loading for an assignment replaced since: tokens",
     52: "the checker blamed the last member, which was told to end and could wait for nobody",
 }
 """Counted from CARD_FIRST_SEED."""
@@ -47,6 +52,11 @@ def check_schedules(seeds: range, first_seed: int) -> None:
         found.add(outcome_of(first_seed + seed, run_change_schedule))
     assert not found.broken, "\n".join(found.broken)
     assert found.moves, "leavers should have moved sessions"
+
+
+@pytest.mark.parametrize("seed", REGRESSION_SEEDS)
+def test_a_schedule_that_once_failed_passes(seed: int) -> None:
+    run_change_schedule(seed)
 
 
 @pytest.mark.parametrize("seed", CARD_REGRESSION_SEEDS)

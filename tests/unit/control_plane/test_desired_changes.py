@@ -174,6 +174,11 @@ def test_replace_moves_a_rank_to_a_node_with_room() -> None:
     back = changed(moved, Undrain(ranks=ids(1)))
     assert nodes(back)[1] == "a"
     assert drains(back) == {}
+    full = state_of(agent("a", 0, 1, ranks_max=2), agent("b", 2, 3), agent("c", ranks_max=1))
+    moved = changed(full, Replace(rank=RankId(1), node=NodeId("c")))
+    taken = changed(moved, Replace(rank=RankId(2), node=NodeId("a")))
+    assert "another rank has been given its place" in refused(taken, Undrain(ranks=ids(1)))
+    assert nodes(changed(taken, Undrain(ranks=ids(2))))[2] == "b"
     same = changed(state, Replace(rank=RankId(1), node=NodeId("a")))
     assert drains(same) == {1: AfterDrain.RESTART}
 
