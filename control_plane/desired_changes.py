@@ -4,7 +4,7 @@ carries the change out is `planned_change`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from control_plane.capacity import Capacity, rank_limit
@@ -51,7 +51,8 @@ class DrainNode:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Undrain:
     """Takes the drains of these ranks back, whoever asked for them. One that was about to leave for
-    good, or to move, stays where it runs; refused if its place there is another rank's by now."""
+    good, or to move, stays where it runs; refused if its place there is another rank's by now. One
+    that runs nowhere any more starts where there is room."""
 
     ranks: tuple[RankId, ...]
 
@@ -285,29 +286,37 @@ class _Changer:
         drains = tuple(drain for drain in self._desired.drains if drain.rank not in ranks)
         if not self._desired.ranks:
             return replace(self._desired, drains=drains)
-        records = self._state.newest_records()
-        back = {
-            rank: records[rank].node if rank in records else node_of(self._state, rank)
-            for rank in set(ranks) & drained
-        }
-        if refusal := self._refuse_return(back):
-            return refusal
+        records, choice = self._state.newest_records(), NodeChoice(self._state)
+        back: dict[RankId, NodeId] = {}
+        for rank in sorted(set(ranks) & drained):
+            to = self._desired.node_of(rank)
+            at = records[rank].node if rank in records else to
+            if at != to or not at:
+                is_known = at in choice.nodes
+                node = choice.take(rank, at) if is_known or not at else at
+                if node is None and not to:
+                    return Refusal(
+                        reason=f"no node has room for rank {rank}", needed=choice.what_is_needed
+                    )
+                if node is None and self._is_about_to_move(rank):
+                    return _place_is_taken(rank, at, to)
+                if node is None:  # it was drained while it moved: it serves where it moves to
+                    drains = (*drains, self._as_move(rank))
+                at = node or to
+            back[rank] = at
         others = [each for each in self._desired.ranks if each.rank not in back]
         kept = [DesiredRank(rank=rank, node=node) for rank, node in back.items()]
+        drains = tuple(sorted(drains, key=lambda drain: drain.rank))
         return replace(self._desired, drains=drains, ranks=_sorted([*others, *kept]))
 
-    def _refuse_return(self, back: Mapping[RankId, NodeId]) -> Refusal | None:
-        """If the place that a moving rank would keep has been given to another one meanwhile."""
-        choice = NodeChoice(self._state)
-        for rank, node in sorted(back.items()):
-            to = self._desired.node_of(rank)
-            if to not in ("", node) and node in choice.nodes and choice.take(rank, node) is None:
-                return Refusal(
-                    reason=f"rank {rank} is on its way to node {to!r}, and another rank has been "
-                    f"given its place on node {node!r}",
-                    needed=f"let it move, and replace it back when node {node!r} has room",
-                )
-        return None
+    def _is_about_to_move(self, rank: RankId) -> bool:
+        drain = self._desired.drain_of(rank)
+        return drain is not None and drain.after is AfterDrain.LEAVE
+
+    def _as_move(self, rank: RankId) -> Drain:
+        drain = self._desired.drain_of(rank)
+        assert drain is not None, f"rank {rank} is not drained"
+        return replace(drain, after=AfterDrain.LEAVE)
 
     def _undrain_node(self, node: NodeId) -> DesiredState | Refusal:
         ranks = self._ranks_of(node)
@@ -404,6 +413,14 @@ def new_drain(
         requested_at=now,
         grace_s=grace_s,
         after=after,
+    )
+
+
+def _place_is_taken(rank: RankId, node: NodeId, to: NodeId) -> Refusal:
+    return Refusal(
+        reason=f"rank {rank} is on its way to node {to!r}, and another rank has been given its "
+        f"place on node {node!r}",
+        needed=f"let it move, and replace it back when node {node!r} has room",
     )
 
 

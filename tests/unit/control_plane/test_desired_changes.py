@@ -179,6 +179,11 @@ def test_replace_moves_a_rank_to_a_node_with_room() -> None:
     taken = changed(moved, Replace(rank=RankId(2), node=NodeId("a")))
     assert "another rank has been given its place" in refused(taken, Undrain(ranks=ids(1)))
     assert nodes(changed(taken, Undrain(ranks=ids(2))))[2] == "b"
+    drained = changed(taken, DrainRanks(ranks=ids(1)))
+    assert drains(drained)[1] is AfterDrain.STAY
+    moves = changed(drained, Undrain(ranks=ids(1)))
+    assert nodes(moves)[1] == "c"
+    assert drains(moves)[1] is AfterDrain.LEAVE
     same = changed(state, Replace(rank=RankId(1), node=NodeId("a")))
     assert drains(same) == {1: AfterDrain.RESTART}
 
