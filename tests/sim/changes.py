@@ -43,6 +43,7 @@ class Changes:
         self._within_s = within_s
         self._num_asked = 0
         self.done: list[str] = []
+        self.has_hurried = False  # told a process to leave that was leaving
 
     @property
     def desired(self) -> DesiredState:
@@ -162,5 +163,6 @@ class Changes:
             return
         self._log(f"SIGTERM to {rank.member}")
         told, now = self._cluster.told_to_leave, self._cluster.clock.now()
+        self.has_hurried |= process in told
         told[process] = now if process in told else now + LEAVE_GRACE_S
         self._cluster.run_in(process, lambda: rank.leave(LEAVE_GRACE_S))
