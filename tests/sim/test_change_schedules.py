@@ -17,10 +17,10 @@ from tests.sim.many_schedules import ManyOutcomes, outcome_of
 from tests.sim.planted import is_noticed
 from tests.sim.schedules import CARD_FIRST_SEED
 
-NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "180")) // 6
+NUM_SCHEDULES = int(os.environ.get("STARFISH_SIM_SCHEDULES", "120")) // 6
 FIRST_SEED = int(os.environ.get("STARFISH_SIM_FIRST_SEED", "0"))
 NUM_CARD_SCHEDULES = NUM_SCHEDULES // 2
-PART = 15
+PART = 10
 REGRESSION_SEEDS = {
     710220: "a drain emptied a replica whose only other one was loaded, and in no map yet",
     710562: "a rank was taken back to a place that had become another one's",

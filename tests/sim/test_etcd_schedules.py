@@ -12,8 +12,8 @@ from tests.sim.etcd_schedules import run_etcd_schedule
 from tests.sim.many_schedules import outcome_of
 from tests.sim.planted import is_noticed
 
-NUM_SCHEDULES = 30
-PART = 10
+NUM_SCHEDULES = 18
+PART = 6
 REGRESSIONS = [87]
 """Beyond NUM_SCHEDULES. 87: assignments that refer to a map that etcd never had."""
 
