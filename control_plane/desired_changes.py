@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from control_plane.capacity import Capacity, rank_limit
 from control_plane.cluster_state import ClusterState
 from control_plane.known_requests import why_reused, with_request
-from control_plane.node_choice import NodeChoice, node_of
+from control_plane.node_choice import NodeChoice, node_of, node_of_record
 from shared.desired_state import AfterDrain, DesiredRank, DesiredState, Drain, RollingRestart
 from shared.rank_names import names_of
 from shared.types import Incarnation, NodeId, RankId
@@ -286,37 +286,33 @@ class _Changer:
         drains = tuple(drain for drain in self._desired.drains if drain.rank not in ranks)
         if not self._desired.ranks:
             return replace(self._desired, drains=drains)
-        records, choice = self._state.newest_records(), NodeChoice(self._state)
+        choice = NodeChoice(self._state)
         back: dict[RankId, NodeId] = {}
-        for rank in sorted(set(ranks) & drained):
-            to = self._desired.node_of(rank)
-            at = records[rank].node if rank in records else to
-            if at != to or not at:
-                is_known = at in choice.nodes
-                node = choice.take(rank, at) if is_known or not at else at
-                if node is None and not to:
-                    return Refusal(
-                        reason=f"no node has room for rank {rank}", needed=choice.what_is_needed
-                    )
-                if node is None and self._is_about_to_move(rank):
-                    return _place_is_taken(rank, at, to)
-                if node is None:  # it was drained while it moved: it serves where it moves to
-                    drains = (*drains, self._as_move(rank))
-                at = node or to
-            back[rank] = at
+        for drain in [d for d in self._desired.drains if d.rank in ranks]:
+            rank, to = drain.rank, self._desired.node_of(drain.rank)
+            node = self._place_back(rank, choice)
+            if node is None and not to:
+                return Refusal(
+                    reason=f"no node has room for rank {rank}", needed=choice.what_is_needed
+                )
+            if node is None and drain.after is AfterDrain.LEAVE:
+                return _place_is_taken(rank, node_of_record(self._state, rank), to)
+            if node is None:  # it was drained while it moved: it serves where it moves to
+                drains = (*drains, replace(drain, after=AfterDrain.LEAVE))
+            back[rank] = node or to
         others = [each for each in self._desired.ranks if each.rank not in back]
         kept = [DesiredRank(rank=rank, node=node) for rank, node in back.items()]
         drains = tuple(sorted(drains, key=lambda drain: drain.rank))
         return replace(self._desired, drains=drains, ranks=_sorted([*others, *kept]))
 
-    def _is_about_to_move(self, rank: RankId) -> bool:
-        drain = self._desired.drain_of(rank)
-        return drain is not None and drain.after is AfterDrain.LEAVE
-
-    def _as_move(self, rank: RankId) -> Drain:
-        drain = self._desired.drain_of(rank)
-        assert drain is not None, f"rank {rank} is not drained"
-        return replace(drain, after=AfterDrain.LEAVE)
+    def _place_back(self, rank: RankId, choice: NodeChoice) -> NodeId | None:
+        """Where a rank serves that is drained no more: where it runs, or was to run, or else where
+        there is room. None if its place is another rank's by now, or if there is no room."""
+        to, at = self._desired.node_of(rank), node_of_record(self._state, rank)
+        is_moving = at != to and at in choice.nodes
+        if to and at and is_moving:
+            return choice.take(rank, at)
+        return at or to or choice.take(rank)
 
     def _undrain_node(self, node: NodeId) -> DesiredState | Refusal:
         ranks = self._ranks_of(node)

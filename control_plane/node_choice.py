@@ -65,7 +65,12 @@ def node_of(state: ClusterState, rank: RankId) -> NodeId:
     knows."""
     if wanted := state.desired.node_of(rank):
         return wanted
-    record = state.newest_records().get(rank)
-    if record is not None:
-        return record.node
+    if runs_on := node_of_record(state, rank):
+        return runs_on
     return next((a.node for a in state.agents.values() if rank in a.ranks), NodeId(""))
+
+
+def node_of_record(state: ClusterState, rank: RankId) -> NodeId:
+    """Where a rank runs; empty if it does not."""
+    record = state.newest_records().get(rank)
+    return NodeId("") if record is None else record.node

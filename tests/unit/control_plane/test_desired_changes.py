@@ -155,6 +155,17 @@ def test_undrain_keeps_a_rank_that_was_about_to_leave_for_good() -> None:
     assert drains(kept) == {}
 
 
+def test_undrain_of_a_rank_that_leaves_a_full_node_or_runs_nowhere() -> None:
+    state = state_of(agent("a", 0, 1), agent("b", 2, 3, ranks_max=2), agent("c", ranks_max=1))
+    leaving = changed(state, Scale(num_ranks=3))
+    assert nodes(changed(leaving, Undrain(ranks=ids(3))))[3] == "b"  # its place is its own
+    gone = replace(leaving, records={m: r for m, r in leaving.records.items() if m.rank != 3})
+    assert nodes(changed(gone, Undrain(ranks=ids(3))))[3] == "b"
+    full = replace(gone, agents={node: a for node, a in gone.agents.items() if a.ranks_max == 2})
+    moved_in = changed(full, Replace(rank=RankId(0), node=NodeId("b")))
+    assert "no node has room for rank 3" in refused(moved_in, Undrain(ranks=ids(3)))
+
+
 def test_a_drain_again_keeps_its_time_and_may_become_shorter() -> None:
     state = changed(state_of(agent("a", 0, 1, 2, 3)), DrainRanks(ranks=ids(1), grace_s=60.0))
     later = change_desired(state, DrainRanks(ranks=ids(1), grace_s=90.0), NOW + 9)
