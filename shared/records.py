@@ -161,7 +161,6 @@ class SlotContents:
         disputed: NDArray[np.bool_] | None = None,
     ) -> SlotContents:
         """`slots` and `disputed` are `[num_layers, slots_per_rank]`."""
-        has_disputed = disputed is not None and disputed.any()
         return cls(
             rank=member.rank,
             incarnation=member.incarnation,
@@ -169,7 +168,7 @@ class SlotContents:
             slots=np.ascontiguousarray(slots, dtype="<i2").tobytes(),
             epoch=Epoch(epoch),
             number=number,
-            disputed=disputed.tobytes() if disputed is not None and has_disputed else b"",
+            disputed=b"" if disputed is None or not disputed.any() else disputed.tobytes(),
         )
 
 

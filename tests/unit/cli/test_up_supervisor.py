@@ -23,6 +23,17 @@ async def _revokes_nothing(pid: int) -> bool:
     return False
 
 
+def _supervisor(folder: Path) -> Supervisor:
+    """It says nothing, and there is no leader."""
+    return Supervisor(
+        folder,
+        FakeClock(),
+        run="",
+        warn=lambda text: None,
+        revoke_leadership=_revokes_nothing,
+    )
+
+
 @pytest.mark.parametrize(
     ("log", "expected"),
     [
@@ -36,13 +47,7 @@ async def _revokes_nothing(pid: int) -> bool:
 def test_progress_of_the_preparation(tmp_path: Path, log: str | None, expected: str | None) -> None:
     if log is not None:
         (tmp_path / "agent.log").write_text(log)
-    supervisor = Supervisor(
-        tmp_path,
-        FakeClock(),
-        run="",
-        warn=lambda text: None,
-        revoke_leadership=_revokes_nothing,
-    )
+    supervisor = _supervisor(tmp_path)
     assert supervisor.preparation() == expected
     supervisor.close_lifeline()
 
@@ -57,13 +62,7 @@ def test_progress_of_the_preparation(tmp_path: Path, log: str | None, expected: 
 )
 async def test_how_a_child_ended(tmp_path: Path, last_act: str, message: str) -> None:
     """The last line of a killed one's log is not the reason of its end."""
-    supervisor = Supervisor(
-        tmp_path,
-        FakeClock(),
-        run="",
-        warn=lambda text: None,
-        revoke_leadership=_revokes_nothing,
-    )
+    supervisor = _supervisor(tmp_path)
     program = f"import os, sys; print('rank_started', flush=True); {last_act}"
     service = Service(name="agent", argv=(sys.executable, "-c", program), stop_timeout_s=1.0)
     await supervisor.start(service)
@@ -154,13 +153,7 @@ while True:
 async def test_services_that_stop_together_drain_together_and_nobody_takes_over(
     tmp_path: Path,
 ) -> None:
-    supervisor = Supervisor(
-        tmp_path,
-        FakeClock(),
-        run="",
-        warn=lambda text: None,
-        revoke_leadership=_revokes_nothing,
-    )
+    supervisor = _supervisor(tmp_path)
     gateways = [
         Service(
             name=f"gateway-{number}",
