@@ -6,7 +6,6 @@ from __future__ import annotations
 import hmac
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -53,8 +52,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     defaults: dict[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApiKey:
+class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
     """A client. `name` is "" for the one client of a gateway without keys. A request without a
     priority has `priority`; none may have one below `priority_min` (lower is more urgent)."""
 

@@ -4,11 +4,12 @@ as transformers' `apply_chat_template` does."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
+import msgspec
 from jinja2 import meta, nodes
+from msgspec.structs import replace
 
 from gateway.chat_messages import prepare_messages
 from gateway.context_limit import ContextLimit
@@ -33,8 +34,7 @@ _FAILURES = (
 """What a template may raise on the messages of a client, its own refusals included."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatOptions:
+class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a request asks for besides its messages. If `add_generation_prompt` is None, the prompt
     ends with the header of the assistant's next message, unless the last message is to be
     continued. `variables` may replace special tokens, but not what has a field of its own. If
@@ -44,7 +44,7 @@ class ChatOptions:
     documents: Sequence[Mapping[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = msgspec.field(default_factory=dict)
     asked_at: float | None = None
 
     def at(self, asked_at: float | None) -> ChatOptions:

@@ -4,8 +4,9 @@ special tokens that a client spells count as such is decided here alone."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from gateway.chat_template import ChatOptions, ChatTemplate
 from gateway.context_limit import ContextLimit

@@ -4,7 +4,7 @@ policy is."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from gateway.prefix_memory import prefix_chain
 from gateway.rank_load import RankLoad
@@ -28,6 +28,7 @@ class RankChooser:
         self._members: tuple[Member, ...] = ()
         self._draining: frozenset[Member] = frozenset()
         self._ranks: dict[Member, RankLoad] = {}
+        self._late: Mapping[Member, float] | None = None  # None: not known since a rank changed
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -58,6 +59,7 @@ class RankChooser:
             if left_out in self._ranks:
                 self._ranks[left_out].served.clear()
         self._members = tuple(sorted(members))
+        self._late = None
 
     def on_drains(self, draining: frozenset[Member]) -> None:
         """These are being drained now, and no others."""
@@ -65,14 +67,17 @@ class RankChooser:
 
     def on_link_opened(self, member: Member, *, kv_block_tokens: int) -> None:
         self._ranks[member] = RankLoad(kv_block_tokens=kv_block_tokens, linked=True)
+        self._late = None
 
     def on_link_broken(self, member: Member) -> None:
         """The caller must move the rank's sessions away before the link opens again."""
         if member in self._ranks:
             self._ranks[member].linked = False
+            self._late = None
 
     def forget(self, member: Member) -> None:
         self._ranks.pop(member, None)
+        self._late = None
 
     def on_silence(self, member: Member, *, silent: bool) -> None:
         if member in self._ranks:
@@ -82,6 +87,7 @@ class RankChooser:
         rank = self._ranks.get(member)
         if rank is not None:
             rank.on_report(load)
+            self._late = None
 
     @property
     def kv_replicas_rejected(self) -> int:
@@ -89,8 +95,13 @@ class RankChooser:
         loads = (rank.load for rank in self._ranks.values())
         return sum(load.kv_replicas_rejected for load in loads if load is not None)
 
-    def stragglers(self) -> dict[Member, float]:
+    def stragglers(self) -> Mapping[Member, float]:
         """The live ranks that hold the others up, with the ms by which they are late."""
+        if self._late is None:
+            self._late = self._stragglers()
+        return self._late
+
+    def _stragglers(self) -> dict[Member, float]:
         live = {member.rank: member for member in self.live()}
         loads = {
             rank: load for rank, m in live.items() if (load := self._ranks[m].load) is not None

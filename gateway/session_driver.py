@@ -138,7 +138,7 @@ class SessionDriver:
     def live_ranks(self) -> list[Member]:
         return self._rank_chooser.live()
 
-    def stragglers(self) -> dict[Member, float]:
+    def stragglers(self) -> Mapping[Member, float]:
         """The live ranks that hold the others up, with the ms by which they are late."""
         return self._rank_chooser.stragglers()
 

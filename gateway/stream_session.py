@@ -32,7 +32,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from gateway.planned_move import RETRY_S, NextAttempt, Readiness, repeats
 from gateway.request_tag import NO_TAG, RequestTag

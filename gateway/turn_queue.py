@@ -3,7 +3,7 @@ others waiting. Pure; `preparation` waits for the turns."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -32,12 +32,13 @@ class TurnQueue:
         self._waiting_max = waiting_max
         self._waiting_cost_max = waiting_cost_max
         self._fair = FairShare()
-        self._running: Counter[str] = Counter()
+        self._running: dict[str, int] = {}  # of each client that has any
+        self._num_running = 0
         self._waiting: dict[str, deque[Turn]] = {}
 
     @property
     def num_running(self) -> int:
-        return self._running.total()
+        return self._num_running
 
     @property
     def num_waiting(self) -> int:
@@ -62,8 +63,12 @@ class TurnQueue:
     def finish(self, turn: Turn) -> list[Turn]:
         """Returns the turns that are granted now."""
         name = turn.key.name
-        self._running[name] -= 1
-        self._running += Counter()  # forgets those that have none
+        self._num_running -= 1
+        left = self._running[name] - 1
+        if left:
+            self._running[name] = left
+        else:
+            del self._running[name]
         self._fair.leave(name)
         return self._grant_waiting()
 
@@ -89,7 +94,8 @@ class TurnQueue:
 
     def _grant(self, turn: Turn) -> None:
         turn.is_granted = True
-        self._running[turn.key.name] += 1
+        self._num_running += 1
+        self._running[turn.key.name] = self._running.get(turn.key.name, 0) + 1
         self._fair.charge(turn.key.name, turn.cost)
 
     def _has_place_for(self, turn: Turn, own: Collection[Turn]) -> bool:
@@ -105,7 +111,8 @@ class TurnQueue:
         )
 
     def _may_run(self, key: ApiKey) -> bool:
-        return _fits(key, self._running[key.name], self._running_max - self.num_running)
+        used = self._running.get(key.name, 0)
+        return _fits(key, used, self._running_max - self._num_running)
 
     def _drop_empty(self, name: str) -> None:
         if not self._waiting[name]:

@@ -28,7 +28,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Annotated, NamedTuple, NewType
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 RankId = NewType("RankId", int)
 """The number of a data-parallel rank, 0 … num_ranks-1. Stays the same when its process restarts."""
@@ -157,8 +157,7 @@ ACCUSERS: Mapping[SuspicionReason, frozenset[Accuser]] = MappingProxyType(
 node agents look at the process."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class Member:
+class Member(Struct, frozen=True, kw_only=True, order=True):
     """A rank in one incarnation. Sorted by rank, then incarnation; printed as "3.7"."""
 
     rank: RankId
@@ -190,8 +189,7 @@ class ThinkingBudget:
     forced_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True, kw_only=True):
     """How to turn logits into tokens.
 
     Random numbers are keyed by `(seed, position)`, so that a continuation on another rank draws the
@@ -230,8 +228,7 @@ PRIORITY_MAX = 2**31 - 1
 WEIGHT_MIN, WEIGHT_MAX = 0.001, 1000.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulingParams:
+class SchedulingParams(Struct, frozen=True, kw_only=True):
     """For whom a session runs and how urgent it is. The same for all its attempts.
 
     `tenant` is "" if there are no API keys: then there is one tenant. `weight` is the tenant's part

@@ -12,7 +12,7 @@ from gateway.api.chunk_events import ChunkEvents
 from gateway.api.job import Job
 from gateway.api.request_context import require_context
 from gateway.api.responses import response_body
-from gateway.api.stream_body import StreamBody
+from gateway.api.stream_body import StreamBody, StreamResponse
 from gateway.choice_reader import Delta
 from gateway.generation import Generation
 from gateway.session_state import SessionFailed
@@ -66,7 +66,7 @@ async def answer_stream(
 
 async def answer_read(request: web.Request, end: bytes) -> web.StreamResponse:
     """The `end` of a stream of which the client has everything else."""
-    response = web.StreamResponse(headers=_EVENT_STREAM_HEADERS)
+    response = StreamResponse(headers=_EVENT_STREAM_HEADERS)
     body = StreamBody(request, response)
     await response.prepare(request)
     await body.write(end, last=True)
@@ -104,7 +104,7 @@ async def stream_events(
     later one is the stream's last event."""
     deltas = await generation.next_deltas()
     ranks = ",".join(str(rank) for rank in generation.ranks)
-    response = web.StreamResponse(headers={**_EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
+    response = StreamResponse(headers={**_EVENT_STREAM_HEADERS, RANK_HEADER: ranks})
     body = StreamBody(request, response)
 
     def pass_on(delta: Delta) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import msgspec
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -320,7 +321,7 @@ class HttpApp:
         ask_for_body(request, self._body_bytes_max)
         context = require_context(request)
         # Without keys, addresses take turns.
-        waits_as = replace(context.key, name=context.line)
+        waits_as = msgspec.structs.replace(context.key, name=context.line)
         turn = partial(self._pace.next_turn, context.line)
         decoded = await self._decoder.read(request, waits_as, cls, turn=turn)
         context.body_bytes = decoded.num_bytes

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.bodies import ChatBody, GenerationBody

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 from gateway.api.bodies import ChatBody, CompletionBody, GenerationBody, StreamOptions
 from gateway.api.fields import (
@@ -38,8 +40,7 @@ class ChoiceSize(NamedTuple):
     max_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOptions:
+class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a request asks for besides its prompt. If `max_tokens` is None, the end of the context
     is the limit. `num_choices` counts the choices of each prompt. `prompt_logprobs` is the
     request's field; `sampling.prompt_logprobs` also covers what `echo` needs.
@@ -71,6 +72,8 @@ class RequestOptions:
 
     def guided_by(self, grammar: str, *, forces_call: bool = False) -> RequestOptions:
         """A call that is forced ends where its grammar does, and nowhere before."""
+        if not (grammar or forces_call):
+            return self
         guided = replace(self.sampling, grammar=grammar)
         if not forces_call:
             return replace(self, sampling=guided)

@@ -10,6 +10,13 @@ WRITE_TIMEOUT_S = 60.0
 """A client that reads nothing for this long counts as gone."""
 
 
+class StreamResponse(web.StreamResponse):
+    """Its headers wait for the first piece of its body, which is there when it is prepared, and
+    leave in the same write."""
+
+    _send_headers_immediately = False  # as that of the library's whole answers
+
+
 class StreamBody:
     """Makes `response` one whose length is not known before."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -388,7 +387,7 @@ def logprob(value: float) -> TokenLogprob:
 
 def asking(*, max_tokens: int = 4, **asked: int) -> StreamSession:
     opened = new_session(max_tokens=max_tokens)
-    opened.sampling = dataclasses.replace(opened.sampling, **asked)  # type: ignore[arg-type]
+    opened.sampling = replace(opened.sampling, **asked)  # type: ignore[arg-type]
     return opened
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import structlog
 
-from shared.logs import TolerantStream, open_log, render_line
+from shared.logs import TolerantStream, configure_logs, open_log, render_line
 
 
 def test_a_line_that_cannot_be_written_is_dropped() -> None:
     lines_written = 0
     with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as full:
-        logger = structlog.PrintLogger(TolerantStream(full))  # type: ignore[arg-type]
+        logger = structlog.WriteLogger(TolerantStream(full))  # type: ignore[arg-type]
         for _ in range(1000):
             logger.info("a line " * 20)
             lines_written += 1
@@ -45,6 +45,26 @@ def test_the_first_line_that_can_be_written_again_says_that_some_are_missing() -
         "three",
         "four",
     ]
+
+
+def test_a_line_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[str] = []
+
+    class Terminal(io.StringIO):
+        def write(self, text: str) -> int:
+            writes.append(text)
+            return len(text)
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    try:
+        configure_logs(service="test")
+        structlog.get_logger().info("an event", number=7)
+    finally:
+        structlog.reset_defaults()
+        structlog.contextvars.clear_contextvars()
+    (line,) = writes
+    assert "an event" in line
+    assert line.endswith("number=7 service=test\n")
 
 
 def test_a_log_that_cannot_be_opened_is_discarded(tmp_path: Path) -> None:
