@@ -224,7 +224,9 @@ def move_expert(parts: Parts, *, layer: int, expert: int, slot: int) -> None:
 def test_an_exchange_that_pads_by_slot_gives_the_same_tokens(parts: Parts) -> None:
     tokens = prompt(5, 30)
     local, logits = continue_alone(parts.decoder, tokens, chunk=32, more=1)
-    decoder = decoder_over(parts, LoopbackExchange(parts.slots.slots_per_rank, 32))
+    decoder = decoder_over(
+        parts, LoopbackExchange(parts.slots.slots_per_rank, 32, SIZES.hidden_size)
+    )
     exchanged, other = continue_alone(decoder, tokens, chunk=32, more=1)
     assert distance(other[0], logits[0]) < TOLERANCE
     if not ON_CUDA:  # there the sum over experts is rounded on its way
@@ -236,14 +238,29 @@ def decoder_over(parts: Parts, exchange: LoopbackExchange) -> Decoder:
     return make_decoder(parts.weights, moe)
 
 
-def test_tokens_that_travel_as_fp8_are_computed_as_what_fp8_leaves_of_them(parts: Parts) -> None:
+def test_rows_that_are_filled_up_give_the_same_bits(parts: Parts) -> None:
+    tokens, num_slots = prompt(5, 30), parts.slots.slots_per_rank
+    exact, wide = (
+        continue_alone(
+            decoder_over(parts, LoopbackExchange(num_slots, 32, row_size)), tokens, chunk=32, more=2
+        )
+        for row_size in (SIZES.hidden_size, SIZES.hidden_size + 64)
+    )
+    assert exact[0] == wide[0]
+    assert torch.equal(exact[1], wide[1])
+
+
+@pytest.mark.parametrize("row_size", [SIZES.hidden_size, SIZES.hidden_size + 64])
+def test_tokens_that_travel_as_fp8_are_computed_as_what_fp8_leaves_of_them(
+    parts: Parts, row_size: int
+) -> None:
     tokens, num_slots, group = prompt(8, 30), parts.slots.slots_per_rank, 32
     plain, fp8, rounding = (
         continue_alone(decoder_over(parts, exchange), tokens, chunk=32, more=2)
         for exchange in (
-            LoopbackExchange(num_slots, 32),
-            Fp8LoopbackExchange(num_slots, 32, group),
-            RoundingLoopbackExchange(num_slots, 32, group),
+            LoopbackExchange(num_slots, 32, SIZES.hidden_size),
+            Fp8LoopbackExchange(num_slots, 32, row_size, group=group),
+            RoundingLoopbackExchange(num_slots, 32, row_size, group=group),
         )
     )
     assert fp8[0] == rounding[0]
@@ -253,7 +270,9 @@ def test_tokens_that_travel_as_fp8_are_computed_as_what_fp8_leaves_of_them(parts
 
 def test_fp8_dispatch_leaves_tokens_independent_of_neighbours_and_chunks(parts: Parts) -> None:
     tokens = prompt(9, 24)
-    decoder = decoder_over(parts, Fp8LoopbackExchange(parts.slots.slots_per_rank, 32, 32))
+    decoder = decoder_over(
+        parts, Fp8LoopbackExchange(parts.slots.slots_per_rank, 32, SIZES.hidden_size, group=32)
+    )
     alone, logits = continue_alone(decoder, tokens, chunk=32, more=1)
     again, other_chunks = continue_alone(decoder, tokens, chunk=10, more=1)
     step(decoder, {1: prompt(3, 20)}, [0])

@@ -108,7 +108,7 @@ def decoder_of(folder: Path, *, exchanges: bool = False) -> Decoder:
         model.slots, top_k=model.sizes.top_k, step_tokens_max=tokens, clamped=clamped
     )
     if exchanges:
-        exchange = LoopbackExchange(model.slots.slots_per_rank, tokens)
+        exchange = LoopbackExchange(model.slots.slots_per_rank, tokens, spec.hidden_size + 32)
         moe = ExchangedMoe(model.slots, exchange, rows_of_slot=tokens, clamped=clamped)
     decoder = Decoder(model.sizes, model.weights, moe, options)
     decoder.use_slots(np.argsort(held, axis=1).astype(np.int32)[:, None])

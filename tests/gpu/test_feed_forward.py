@@ -110,11 +110,30 @@ def filled_slots(number_format: NumberFormat = NumberFormat.PLAIN) -> CudaSlots:
 
 
 def around_an_exchange(slots: CudaSlots) -> MoeStage:
-    return ExchangedMoe(slots, LoopbackExchange(EXPERTS, TOKENS), rows_of_slot=TOKENS)
+    return around_an_exchange_of(slots, row_size=HIDDEN)
+
+
+def around_an_exchange_of(slots: CudaSlots, *, row_size: int) -> MoeStage:
+    exchange = LoopbackExchange(EXPERTS, TOKENS, row_size)
+    return ExchangedMoe(slots, exchange, rows_of_slot=TOKENS)
 
 
 def on_one_rank(slots: CudaSlots) -> MoeStage:
     return LocalMoe(slots, top_k=SIZES.top_k, step_tokens_max=TOKENS)
+
+
+@pytest.mark.parametrize("number_format", NumberFormat)
+def test_rows_that_are_filled_up_give_the_same_bits(number_format: NumberFormat) -> None:
+    slots, layers = filled_slots(number_format), [layer_weights(), layer_weights()]
+    exact, wide = (
+        Halves(around_an_exchange_of(slots, row_size=row_size)) for row_size in (HIDDEN, 2 * HIDDEN)
+    )
+    for halves in (exact, wide):
+        halves.take(1)
+        for layer, mlp in enumerate(layers):
+            halves.run(layer, mlp, ints([3, 0, 1, -1, 7, 2]))
+    assert exact.given().isfinite().all()
+    assert torch.equal(exact.given(), wide.given())
 
 
 @pytest.mark.parametrize("number_format", NumberFormat)

@@ -190,6 +190,7 @@ def expert_instructions(kernel: Any, tile: experts.ExpertTile, rows: int, **more
     constants = {
         "HIDDEN": HIDDEN,
         "INNER": INNER,
+        "ROW": HIDDEN,
         "BLOCK_T": rows,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
@@ -204,8 +205,9 @@ def expert_instructions(kernel: Any, tile: experts.ExpertTile, rows: int, **more
 
 def test_experts_with_biases_and_another_activation_take_the_same_instructions() -> None:
     sizes = GPT_OSS_EXPERTS | {"HIDDEN": 2880, "INNER": 2880, "BLOCK_K": 64}
+    rows_apart = {"ROW": 3072}
     for tile, rows in ((experts._GATE_UP_UNGROUPED, 16), (experts._GATE_UP_GROUPED, 16)):
-        assert gate_up_instructions(tile, rows, **sizes) == ONE_INSTRUCTION
+        assert gate_up_instructions(tile, rows, **sizes, **rows_apart) == ONE_INSTRUCTION
     biased = {"HIDDEN": 2880, "INNER": 2880, "BLOCK_K": 64, "BIASED": True}
     assert (
         expert_instructions(experts._down, experts._DOWN_GROUPED, 16, **biased) == ONE_INSTRUCTION
@@ -236,7 +238,8 @@ def test_scaled_experts_are_left_to_warp_groups_and_widened_in_pairs(
 ) -> None:
     """All tiles alike: those of one row, too. The rate of the compiler's own conversion to bfloat16
     would set the pace."""
-    sizes = {"HIDDEN": HIDDEN, "INNER": INNER, "BLOCK_T": rows, "BLOCK_K": 128, "IN_PAIRS": True}
+    sizes = {"HIDDEN": HIDDEN, "INNER": INNER, "ROW": HIDDEN, "BLOCK_T": rows}
+    sizes |= {"BLOCK_K": 128, "IN_PAIRS": True}
     halved = rows >= scaled_experts._TALL_ROWS
     shape = sizes | {"GROUPED": grouped, "PADDED": False, "HALVED": halved}
     choice = {"EXPERTS": 0, "BLOCK_E": 1, "CHUNK": 1, "NORMALISE": False}
@@ -270,8 +273,8 @@ def test_mxfp4_experts_are_left_to_warp_groups_and_widened_where_they_are_multip
 ) -> None:
     """A thread reads the words whose codes it multiplies, and what it widens stays with it."""
     halved = rows >= mxfp4_experts._TALL_ROWS
-    shape = {"HIDDEN": 2880, "INNER": 2880, "BLOCK_T": rows, "GROUPED": grouped, "PADDED": False}
-    shape |= {"HALVED": halved, "BIASED": True, "BY_CARD": True}
+    shape = {"HIDDEN": 2880, "INNER": 2880, "ROW": 3072, "BLOCK_T": rows, "GROUPED": grouped}
+    shape |= {"PADDED": False, "HALVED": halved, "BIASED": True, "BY_CARD": True}
     choice = {"EXPERTS": 0, "BLOCK_E": 1, "CHUNK": 1, "NORMALISE": False}
     if not grouped:
         choice = {"EXPERTS": 32, "BLOCK_E": 32, "CHUNK": 32, "NORMALISE": True}

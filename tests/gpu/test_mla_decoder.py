@@ -174,7 +174,7 @@ def test_an_exchange_that_pads_by_slot_gives_the_same_tokens_and_meets_no_dense_
     parts = make_parts(V3)
     tokens = prompt(5, 18)
     local, logits = continue_alone(parts.decoder, tokens, chunk=32, more=1)
-    exchange = LoopbackExchange(parts.slots.slots_per_rank, 32)
+    exchange = LoopbackExchange(parts.slots.slots_per_rank, 32, V3.hidden_size)
     moe = ExchangedMoe(parts.slots, exchange, rows_of_slot=32)
     decoder = make_decoder(V3, parts.weights, moe)
     exchanged, other = continue_alone(decoder, tokens, chunk=32, more=1)

@@ -53,8 +53,8 @@ class LoopbackExchange:
     """An exchange of one rank with the layout of Mooncake's EP, by plain indexing. It reads nothing
     on the host, so that graphs may capture it."""
 
-    def __init__(self, num_slots: int, rows_of_slot: int) -> None:
-        self.num_slots, self.rows_of_slot = num_slots, rows_of_slot
+    def __init__(self, num_slots: int, rows_of_slot: int, row_size: int) -> None:
+        self.num_slots, self.rows_of_slot, self.row_size = num_slots, rows_of_slot, row_size
         self.scales: torch.Tensor | None = None
         self.layers: list[int] = []
         # Row of each pair of the last dispatch among all slots' rows; one past them means none.
@@ -63,6 +63,7 @@ class LoopbackExchange:
     def dispatch(
         self, layer: int, x_TH: torch.Tensor, slots_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert x_TH.shape[1] == self.row_size
         self.layers.append(layer)
         counts_S = self._place(slots_TK)
         return self.pad(x_TH), counts_S
@@ -104,8 +105,8 @@ class Fp8LoopbackExchange(LoopbackExchange):
     """Delivers tokens as Mooncake sends them in fp8, with one scale per `group` values. In memory,
     the scales of a slot's rows are adjacent."""
 
-    def __init__(self, num_slots: int, rows_of_slot: int, group: int) -> None:
-        super().__init__(num_slots, rows_of_slot)
+    def __init__(self, num_slots: int, rows_of_slot: int, row_size: int, *, group: int) -> None:
+        super().__init__(num_slots, rows_of_slot, row_size)
         self._group = group
 
     def dispatch(
@@ -121,8 +122,8 @@ class Fp8LoopbackExchange(LoopbackExchange):
 class RoundingLoopbackExchange(LoopbackExchange):
     """Delivers tokens rounded to fp8, in their own dtype."""
 
-    def __init__(self, num_slots: int, rows_of_slot: int, group: int) -> None:
-        super().__init__(num_slots, rows_of_slot)
+    def __init__(self, num_slots: int, rows_of_slot: int, row_size: int, *, group: int) -> None:
+        super().__init__(num_slots, rows_of_slot, row_size)
         self._group = group
 
     def dispatch(

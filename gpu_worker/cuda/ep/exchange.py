@@ -1,8 +1,9 @@
 """The exchange between CUDA ranks: Mooncake's elastic EP Buffer over NVLink or IBGDA. Ranks come
 and go; the captured CUDA graphs stay. Which ranks kernels wait for is `rank_mask`'s to decide.
 
-Shape letters: T rows of a step's graph (padded), K top-k, H hidden size, R ranks, S slots of a
-rank, M rows that a slot can receive (R times `step_tokens_max`).
+Shape letters: T rows of a step's graph (padded), K top-k, H hidden size, P size of a row on its
+way (H rounded up), R ranks, S slots of a rank, M rows that a slot can receive (R times
+`step_tokens_max`).
 
 Ranks meet by counting exchanges, not by epoch: a graph holds whole dispatch/combine pairs, all
 ranks replay the same sequence, and a rank may be one graph ahead of another. So a death needs no
@@ -37,6 +38,10 @@ from shared.clock import Clock
 from shared.records import ExchangeHandles
 from shared.types import Member, RankId
 
+_ROW_UNIT, _FP8_ROW_UNIT = 256, 512
+"""Mooncake's kernels know only rows of a multiple of so many values: combine's warps read 512 bytes
+at once, and a row of fp8 leaves with its scales in units of 16 bytes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpShape:
@@ -57,12 +62,18 @@ class EpShape:
     def received_rows_max(self) -> int:
         return self.num_ranks * self.step_tokens_max
 
+    @property
+    def row_size(self) -> int:
+        """The values of a row as it travels: those of a token, and what fills it up."""
+        unit = _FP8_ROW_UNIT if self.fp8 else _ROW_UNIT
+        return -(-self.hidden_size // unit) * unit
+
 
 class Received(NamedTuple):
-    """Rows for this rank's slots: `x_SMH[s, :counts_S[s]]`, the rest undefined. bf16; or fp8 with a
+    """Rows for this rank's slots: `x_SMP[s, :counts_S[s]]`, the rest undefined. bf16; or fp8 with a
     scale per 128 values in `EpExchange.scales`."""
 
-    x_SMH: Tensor
+    x_SMP: Tensor
     counts_S: Tensor
 
 
@@ -151,7 +162,7 @@ class EpExchange:
             mapping_worker=WorkerThread("mappings", lambda: torch.cuda.set_device(device)),
         )
         self._handles: dict[int, tuple[Any, ...]] = {}
-        self.scales: Tensor | None = None  # of the last dispatch, `[S, M, H / 128]`
+        self.scales: Tensor | None = None  # of the last dispatch, `[S, M, P / 128]`
 
     def watch_slot_table(self, slot_of_LUE: Tensor) -> None:
         """`[L, U, E]` int32 on the device, the table that the decoder's kernels read. With it steps
@@ -161,6 +172,10 @@ class EpExchange:
     @property
     def step_tokens_max(self) -> int:
         return self._shape.step_tokens_max
+
+    @property
+    def row_size(self) -> int:
+        return self._shape.row_size
 
     def handles(self) -> ExchangeHandles:
         """What peers must know to write into this rank's buffer; the same for all of them, and for
@@ -183,10 +198,10 @@ class EpExchange:
 
     # A step --------------------------------------------------------------------------------------
 
-    def dispatch(self, layer: int, x_TH: Tensor, slots_TK: Tensor) -> Received:
+    def dispatch(self, layer: int, x_TP: Tensor, slots_TK: Tensor) -> Received:
         """`slots_TK`: int64 physical slots, `rank * S + slot`; -1 for none."""
         x, counts_S, handle, _, _ = self._buffer.dispatch(
-            x_TH,
+            x_TP,
             slots_TK,
             self._shape.step_tokens_max,
             self._shape.num_slots,
@@ -197,11 +212,11 @@ class EpExchange:
             x, self.scales = x
         return Received(x, counts_S)
 
-    def combine(self, layer: int, y_SMH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The weighted sum over K of what the matching dispatch's rows became, bf16 `[T, H]`. It is
+    def combine(self, layer: int, y_SMP: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The weighted sum over K of what the matching dispatch's rows became, bf16 `[T, P]`. It is
         summed in the order of K, whoever computed what. `weights_TK` is fp32."""
         handle = self._handles.pop(layer)
-        result: Tensor = self._buffer.combine(y_SMH, slots_TK, weights_TK, handle)[0]
+        result: Tensor = self._buffer.combine(y_SMP, slots_TK, weights_TK, handle)[0]
         return result
 
 
@@ -222,7 +237,7 @@ def _open_buffer(
             timeout_ms=timeout_ms,
         )
         nbytes = Buffer.get_low_latency_buffer_size_hint(
-            shape.step_tokens_max, shape.hidden_size, shape.num_ranks, shape.num_slots
+            shape.step_tokens_max, shape.row_size, shape.num_ranks, shape.num_slots
         )
         buffer.update_memory_buffers(shape.num_ranks, shape.slots_per_rank, nbytes)
     return buffer

@@ -71,7 +71,7 @@ def gate_up(
     tile: ExpertTile | None = None,
 ) -> None:
     """`inner = silu(gate x) · (up x)`, if `epilogue` says nothing else. `w_gate_up_SJH` holds gate,
-    then up.
+    then up. Rows of `x` may lie apart, but not with tall tiles.
 
     If each pair is its own tile, `chosen` lets this kernel choose the slots itself. The choice has
     the same bits as that of `routing.choose_slots`, and saves its launch. Weights that are codes
@@ -101,6 +101,7 @@ def gate_up(
         x if epilogue.b_gate_up_SJ is None else epilogue.b_gate_up_SJ,
         HIDDEN=hidden,
         INNER=inner,
+        ROW=x.stride(0),
         DIVISOR=rows.slots_TK.shape[-1],
         **choice_sizes(chosen),
         BIASED=epilogue.b_gate_up_SJ is not None,
@@ -118,7 +119,8 @@ def down(
     epilogue: Epilogue = SILU_GATED,
     tile: ExpertTile | None = None,
 ) -> None:
-    """`y = w_down inner`, per row in the weights of its slot, plus the bias of `epilogue`."""
+    """`y = w_down inner`, per row in the weights of its slot, plus the bias of `epilogue`. Rows of
+    `y_NH` may lie apart, but not with tall tiles."""
     if isinstance(w_down_SHI, Mxfp4Matrix):
         mxfp4_experts.down(inner_NI, w_down_SHI, rows, y_NH, epilogue)
         return
@@ -140,6 +142,7 @@ def down(
         inner_NI if epilogue.b_down_SH is None else epilogue.b_down_SH,
         HIDDEN=hidden,
         INNER=inner,
+        ROW=y_NH.stride(0),
         BIASED=epilogue.b_down_SH is not None,
         **_launch_options(rows, columns, depth, tile),
     )
@@ -197,6 +200,7 @@ def _gate_up(
     bias_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    ROW: tl.constexpr,
     DIVISOR: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -235,7 +239,7 @@ def _gate_up(
             n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
             k = tl.arange(0, BLOCK_K)
             x_rows = rows if PADDED else rows // DIVISOR
-            x_ptrs = x_ptr + x_rows[:, None] * HIDDEN + k[None, :]
+            x_ptrs = x_ptr + x_rows[:, None] * ROW + k[None, :]
             gate_ptrs = w_ptr + slot * (2 * INNER * HIDDEN) + n[:, None] * HIDDEN + k[None, :]
             gate = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
             up = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
@@ -260,6 +264,7 @@ def _down(
     bias_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    ROW: tl.constexpr,
     BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -281,5 +286,5 @@ def _down(
                 inner = tl.load(inner_ptrs + start, mask=is_row[:, None], other=0.0)
                 y = tl.dot(inner, tl.load(w_ptrs + start).T, y)
             y = with_bias(y, bias_ptr + slot * HIDDEN, n, BIASED)
-            out = y_ptr + rows[:, None] * HIDDEN + n[None, :]
+            out = y_ptr + rows[:, None] * ROW + n[None, :]
             tl.store(out, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None])

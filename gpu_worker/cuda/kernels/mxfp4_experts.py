@@ -76,6 +76,7 @@ def gate_up(
         x if epilogue.b_gate_up_SJ is None else epilogue.b_gate_up_SJ,
         HIDDEN=hidden,
         INNER=inner,
+        ROW=x.stride(0),
         DIVISOR=rows.slots_TK.shape[-1],
         **choice_sizes(chosen),
         BIASED=epilogue.b_gate_up_SJ is not None,
@@ -106,6 +107,7 @@ def down(
         inner_NI if epilogue.b_down_SH is None else epilogue.b_down_SH,
         HIDDEN=hidden,
         INNER=inner,
+        ROW=y_NH.stride(0),
         BIASED=epilogue.b_down_SH is not None,
         **_launch_options(rows, tile.columns, tile, inner_NI),
     )
@@ -152,6 +154,7 @@ def _gate_up(
     bias_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    ROW: tl.constexpr,
     DIVISOR: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -186,12 +189,14 @@ def _gate_up(
                 )  # fmt: skip
                 _gate_up_rows(
                     x_ptr, w_ptr, scales_ptr, inner_ptr, bias_ptr, slot, half, is_half, HIDDEN,
-                    INNER, 1 if PADDED else DIVISOR, BIASED, CLAMPED, BLOCK_C, BLOCK_K, BY_CARD,
+                    INNER, ROW, 1 if PADDED else DIVISOR, BIASED, CLAMPED, BLOCK_C, BLOCK_K,
+                    BY_CARD,
                 )  # fmt: skip
             else:
                 _gate_up_rows(
                     x_ptr, w_ptr, scales_ptr, inner_ptr, bias_ptr, slot, rows, is_row, HIDDEN,
-                    INNER, 1 if PADDED else DIVISOR, BIASED, CLAMPED, BLOCK_C, BLOCK_K, BY_CARD,
+                    INNER, ROW, 1 if PADDED else DIVISOR, BIASED, CLAMPED, BLOCK_C, BLOCK_K,
+                    BY_CARD,
                 )  # fmt: skip
 
 
@@ -207,6 +212,7 @@ def _gate_up_rows(
     is_row,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    ROW: tl.constexpr,
     DIVISOR: tl.constexpr,
     BIASED: tl.constexpr,
     CLAMPED: tl.constexpr,
@@ -218,7 +224,7 @@ def _gate_up_rows(
     TURNS: tl.constexpr = BLOCK_C // 16
     first = tl.program_id(0) * BLOCK_C
     sums = _product(
-        x_ptr + (rows // DIVISOR)[:, None] * HIDDEN, is_row, w_ptr, scales_ptr, slot, first,
+        x_ptr + (rows // DIVISOR)[:, None] * ROW, is_row, w_ptr, scales_ptr, slot, first,
         2 * INNER, HIDDEN, BLOCK_C, BLOCK_K, BY_CARD,
     )  # fmt: skip
     both = tl.reshape(sums, [TURNS, 2, 8, rows.shape[0]])
@@ -244,6 +250,7 @@ def _down(
     bias_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    ROW: tl.constexpr,
     BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -265,12 +272,12 @@ def _down(
                 )  # fmt: skip
                 _down_rows(
                     inner_ptr, w_ptr, scales_ptr, y_ptr, bias_ptr, slot, half, is_half, HIDDEN,
-                    INNER, BIASED, BLOCK_C, BLOCK_K, BY_CARD,
+                    INNER, ROW, BIASED, BLOCK_C, BLOCK_K, BY_CARD,
                 )  # fmt: skip
             else:
                 _down_rows(
                     inner_ptr, w_ptr, scales_ptr, y_ptr, bias_ptr, slot, rows, is_row, HIDDEN,
-                    INNER, BIASED, BLOCK_C, BLOCK_K, BY_CARD,
+                    INNER, ROW, BIASED, BLOCK_C, BLOCK_K, BY_CARD,
                 )  # fmt: skip
 
 
@@ -286,6 +293,7 @@ def _down_rows(
     is_row,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    ROW: tl.constexpr,
     BIASED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -298,7 +306,7 @@ def _down_rows(
     )  # fmt: skip
     n = first + tl.arange(0, BLOCK_C)
     y = with_bias(y.T, bias_ptr + slot * HIDDEN, tl.minimum(n, HIDDEN - 1), BIASED)
-    out = y_ptr + rows[:, None] * HIDDEN + n[None, :]
+    out = y_ptr + rows[:, None] * ROW + n[None, :]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & (n[None, :] < HIDDEN))
 
 

@@ -63,6 +63,7 @@ def gate_up(
         *choice_arguments(chosen, rows),
         HIDDEN=hidden,
         INNER=inner,
+        ROW=x.stride(0),
         DIVISOR=rows.slots_TK.shape[-1],
         **choice_sizes(chosen),
         **_launch_options(rows, tile, x),
@@ -89,6 +90,7 @@ def down(
         y_NH,
         HIDDEN=hidden,
         INNER=inner,
+        ROW=y_NH.stride(0),
         **_launch_options(rows, tile, inner_NI),
     )
 
@@ -132,6 +134,7 @@ def _gate_up(
     factor,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    ROW: tl.constexpr,
     DIVISOR: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -165,12 +168,12 @@ def _gate_up(
                 )  # fmt: skip
                 _gate_up_rows(
                     x_ptr, w_ptr, scales_ptr, inner_ptr, slot, half, is_half, HIDDEN, INNER,
-                    1 if PADDED else DIVISOR, BLOCK_T // 2, BLOCK_C, BLOCK_K, IN_PAIRS, UNROLL,
+                    ROW, 1 if PADDED else DIVISOR, BLOCK_T // 2, BLOCK_C, BLOCK_K, IN_PAIRS, UNROLL,
                 )  # fmt: skip
             else:
                 _gate_up_rows(
                     x_ptr, w_ptr, scales_ptr, inner_ptr, slot, rows, is_row, HIDDEN, INNER,
-                    1 if PADDED else DIVISOR, BLOCK_T, BLOCK_C, BLOCK_K, IN_PAIRS, UNROLL,
+                    ROW, 1 if PADDED else DIVISOR, BLOCK_T, BLOCK_C, BLOCK_K, IN_PAIRS, UNROLL,
                 )  # fmt: skip
 
 
@@ -185,6 +188,7 @@ def _gate_up_rows(
     is_row,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    ROW: tl.constexpr,
     DIVISOR: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -203,7 +207,7 @@ def _gate_up_rows(
     column = first + c // 16 * 8 + c % 8
     is_up = c // 8 % 2
     k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + (rows // DIVISOR)[:, None] * HIDDEN + k[None, :]
+    x_ptrs = x_ptr + (rows // DIVISOR)[:, None] * ROW + k[None, :]
     w_rows = is_up * INNER + column
     w_ptrs = w_ptr + slot * (2 * INNER * HIDDEN) + w_rows[:, None] * HIDDEN + k[None, :]
     scale_ptr = scales_ptr + slot * (2 * SCALES) + first // BLOCK_K * K_BLOCKS
@@ -241,6 +245,7 @@ def _down(
     y_ptr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -262,12 +267,12 @@ def _down(
                 )  # fmt: skip
                 _down_rows(
                     inner_ptr, w_ptr, scales_ptr, y_ptr, slot, half, is_half, HIDDEN, INNER,
-                    BLOCK_T // 2, BLOCK_C, BLOCK_K, IN_PAIRS, UNROLL,
+                    ROW, BLOCK_T // 2, BLOCK_C, BLOCK_K, IN_PAIRS, UNROLL,
                 )  # fmt: skip
             else:
                 _down_rows(
                     inner_ptr, w_ptr, scales_ptr, y_ptr, slot, rows, is_row, HIDDEN, INNER,
-                    BLOCK_T, BLOCK_C, BLOCK_K, IN_PAIRS, UNROLL,
+                    ROW, BLOCK_T, BLOCK_C, BLOCK_K, IN_PAIRS, UNROLL,
                 )  # fmt: skip
 
 
@@ -282,6 +287,7 @@ def _down_rows(
     is_row,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -307,5 +313,5 @@ def _down_rows(
         following = tl.load(scale_ptr + tl.minimum(block + 1, K_BLOCKS - 1))
         y = tl.fma(tl.dot(widen(w, x, IN_PAIRS), x.T), scale, y)
         scale = following
-    out = y_ptr + rows[None, :] * HIDDEN + n[:, None]
+    out = y_ptr + rows[None, :] * ROW + n[:, None]
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=is_row[None, :] & (n[:, None] < HIDDEN))

@@ -81,21 +81,27 @@ class MoeStage(Protocol):
 
 
 class PaddedExchange(Protocol):
-    """Implemented by `ep.exchange.EpExchange`."""
+    """Implemented by `ep.exchange.EpExchange`. Its rows have P values, at least the H of a token;
+    what those beyond H are means nothing."""
+
+    @property
+    def row_size(self) -> int:
+        """P."""
+        ...
 
     @property
     def scales(self) -> Tensor | None:
-        """The scales of the last dispatch, `[S, M, G]`, one per H / G values. None if its rows are
+        """The scales of the last dispatch, `[S, M, G]`, one per P / G values. None if its rows are
         not fp8."""
         ...
 
-    def dispatch(self, layer: int, x_TH: Tensor, slots_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """(`x_SMH`, `counts_S`): the rows for this rank's slot s are `x_SMH[s, :counts_S[s]]`; the
+    def dispatch(self, layer: int, x_TP: Tensor, slots_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """(`x_SMP`, `counts_S`): the rows for this rank's slot s are `x_SMP[s, :counts_S[s]]`; the
         rest is undefined."""
         ...
 
-    def combine(self, layer: int, y_SMH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The weighted sum over K of the results of the matching dispatch's rows, `[T, H]`."""
+    def combine(self, layer: int, y_SMP: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The weighted sum over K of the results of the matching dispatch's rows, `[T, P]`."""
         ...
 
 
@@ -110,7 +116,7 @@ class LocalMoe:
         self._clamped = clamped
         self._top_k = top_k
         pairs_max = step_tokens_max * top_k
-        self._inner_NI, self._y_NH = _row_buffers(slots, pairs_max)
+        self._inner_NI, self._y_NH = _row_buffers(slots, pairs_max, slots.form.hidden_size)
         self._tiles: dict[int, routing.SlotTiles] = {}
         self._counts_BS = pair_order.new_block_counts(pairs_max, slots.slots_per_rank, slots.device)
 
@@ -187,7 +193,8 @@ class ExchangedMoe:
         self._rows_of_slot = rows_of_slot
         num_slots = slots.slots_per_rank
         rows, device = num_slots * rows_of_slot, slots.device
-        self._inner_NI, self._y_NH = _row_buffers(slots, rows)
+        self._hidden_size = slots.form.hidden_size
+        self._inner_NI, self._y_NP = _row_buffers(slots, rows, exchange.row_size)
         height = _MXFP4_EXCHANGED_TILE_ROWS if _is_mxfp4(slots) else _EXCHANGED_TILE_ROWS
         self._tiles = routing.new_slot_tiles(rows, num_slots, height, device)
         self.computed_L = torch.zeros(slots.num_layers, dtype=torch.int32, device=device)
@@ -206,31 +213,38 @@ class ExchangedMoe:
         overlapped_work: Work | None = None,
     ) -> None:
         self._side_stream.fork()
-        x_SMH, counts_S = self._exchange.dispatch(layer, routed.h_TH, routed.slots_TK)
+        x_TP = self._filled_up(routed.h_TH)
+        x_SMP, counts_S = self._exchange.dispatch(layer, x_TP, routed.slots_TK)
         if overlapped_work is not None:
             self._side_stream.run(overlapped_work)
         computed_1 = self.computed_L[layer : layer + 1]
         routing.fill_padded_tiles(counts_S, self._rows_of_slot, self._tiles, computed_1)
         rows = experts.Rows(counts_S, self._tiles, padded=True)
-        x_NH = self._in_own_type(x_SMH, counts_S)
+        x_NH = self._in_own_type(x_SMP, counts_S)[:, : self._hidden_size]
+        y_NH = self._y_NP[:, : self._hidden_size]
         w_gate_up, w_down = self._slots.gate_up(layer), self._slots.down(layer)
         epilogue = _epilogue(self._slots, layer, clamped=self._clamped)
         experts.gate_up(x_NH, w_gate_up, rows, self._inner_NI, epilogue=epilogue)
-        experts.down(self._inner_NI, w_down, rows, self._y_NH, epilogue=epilogue)
-        y_SMH = self._y_NH.view(x_SMH.shape)
-        y_TH = self._exchange.combine(layer, y_SMH, routed.slots_TK, routed.weights_TK)
+        experts.down(self._inner_NI, w_down, rows, y_NH, epilogue=epilogue)
+        y_SMP = self._y_NP.view(x_SMP.shape)
+        y_TP = self._exchange.combine(layer, y_SMP, routed.slots_TK, routed.weights_TK)
         if overlapped_work is not None:
             self._side_stream.join()
-        residual_norm.add(y_TH[None])
+        residual_norm.add(y_TP[:, : self._hidden_size].contiguous()[None])
 
-    def _in_own_type(self, x_SMH: Tensor, counts_S: Tensor) -> Tensor:
-        """The rows in the model's dtype, `[S · M, H]`. Rows of fp8 are converted into the buffer of
+    def _filled_up(self, x_TH: Tensor) -> Tensor:
+        """`[T, P]`."""
+        missing = self._exchange.row_size - x_TH.shape[1]
+        return torch.nn.functional.pad(x_TH, (0, missing)) if missing else x_TH
+
+    def _in_own_type(self, x_SMP: Tensor, counts_S: Tensor) -> Tensor:
+        """The rows in the model's dtype, `[S · M, P]`. Rows of fp8 are converted into the buffer of
         the experts' results, which are written only after the last read of the rows."""
         scales_SMG = self._exchange.scales
         if scales_SMG is None:
-            return x_SMH.view(-1, x_SMH.shape[-1])
-        scaled_rows.dequantise(x_SMH, scales_SMG, counts_S, self._y_NH)
-        return self._y_NH
+            return x_SMP.view(-1, x_SMP.shape[-1])
+        scaled_rows.dequantise(x_SMP, scales_SMG, counts_S, self._y_NP)
+        return self._y_NP
 
 
 def _is_mxfp4(slots: CudaSlots) -> bool:
@@ -246,11 +260,12 @@ def _epilogue(slots: CudaSlots, layer: int, *, clamped: bool) -> Epilogue:
     )
 
 
-def _row_buffers(slots: CudaSlots, rows: int) -> tuple[Tensor, Tensor]:
-    """Of what gate and up, and down, give for so many rows."""
+def _row_buffers(slots: CudaSlots, rows: int, row_size: int) -> tuple[Tensor, Tensor]:
+    """Of what gate and up, and down, give for so many rows, the latter in rows of so many
+    values."""
     form = slots.form
     inner_NI = torch.empty((rows, form.inner_size), device=slots.device, dtype=form.dtype)
-    return inner_NI, inner_NI.new_empty(rows, form.hidden_size)
+    return inner_NI, inner_NI.new_empty(rows, row_size)
 
 
 def slot_table(num_layers: int, num_turns: int, num_experts: int, device: torch.device) -> Tensor:
