@@ -59,6 +59,30 @@ test("a call is streamed", async () => {
   assert.equal(JSON.parse(message.tool_calls[0].function.arguments).arms, 5);
 });
 
+for (const stream of [false, true]) {
+  test(`an agent, ${stream ? "streamed" : "whole"}`, async () => {
+    const agent = client({ baseURL: `${served.agent_url}/v1`, apiKey: "none" });
+    const text = { type: "string" };
+    const described = (name, names, run) => {
+      const properties = Object.fromEntries(names.map((each) => [each, text]));
+      const schema = { type: "object", properties, required: names };
+      const own = { name, description: name, parameters: schema, parse: JSON.parse, function: run };
+      return { type: "function", function: own };
+    };
+    const runner = agent.chat.completions.runTools({
+      model: served.scripted_model,
+      messages: [{ role: "user", content: "Compare Vega and Mira." }],
+      tools: [
+        described("colour", ["star"], ({ star }) => (star === "Vega" ? "white" : "crimson")),
+        described("compare", ["first", "second"], (each) => `${each.first} ≠ ${each.second}.`),
+      ],
+      stream,
+    });
+    const found = "Vega is white, Mira 🌟 is crimson: white ≠ crimson.";
+    assert.equal(await runner.finalContent(), `${found} No thought.`); // the runner drops reasoning
+  });
+}
+
 test("the Responses API streams text and a call", async () => {
   const stream = scripted.responses.stream({
     model: served.scripted_model,
