@@ -2,6 +2,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import OpenAI from "openai";
+import { zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
+import { z } from "zod";
 
 const served = JSON.parse(process.env.STARFISH_SERVED);
 const messages = [{ role: "user", content: "What is a starfish?" }];
@@ -46,6 +48,24 @@ test("a forced call has valid arguments", async () => {
   });
   const [call] = answer.choices[0].message.tool_calls;
   assert.deepEqual(Object.keys(JSON.parse(call.function.arguments)), ["arms"]);
+});
+
+test("objects follow their schema", async () => {
+  const arms = z.strictObject({ arms: z.int().min(0).max(9), alive: z.boolean() });
+  const chat = await client().chat.completions.parse({
+    model: served.model,
+    messages,
+    response_format: zodResponseFormat(arms, "arms"),
+    max_tokens: 60,
+  });
+  const response = await client().responses.parse({
+    model: served.model,
+    input: "How many arms?",
+    text: { format: zodTextFormat(arms, "arms") },
+    max_output_tokens: 60,
+  });
+  for (const parsed of [chat.choices[0].message.parsed, response.output_parsed])
+    assert.ok(arms.safeParse(parsed).success);
 });
 
 test("a call is streamed", async () => {
