@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.call_history import one_call_a_turn
 from gateway.template_forms import Message, TemplateForms
 from shared.errors import RequestError
 
@@ -19,7 +20,8 @@ NO_ARGUMENTS = (None, "", "null")
 def prepare_messages(messages: Sequence[Mapping[str, Any]], forms: TemplateForms) -> list[Message]:
     """New messages; their other keys, custom ones too, are handed on. Raises RequestError if a
     call's arguments are no JSON object."""
-    return [_prepared(message, forms) for message in messages]
+    prepared = [_prepared(message, forms) for message in messages]
+    return one_call_a_turn(prepared) if forms.one_call else prepared
 
 
 def _prepared(message: Mapping[str, Any], forms: TemplateForms) -> Message:
@@ -30,7 +32,18 @@ def _prepared(message: Mapping[str, Any], forms: TemplateForms) -> Message:
         calls = [_prepared_call(call, forms) for call in plain.pop("tool_calls")]
         # A template takes an empty list for a message of calls, and leaves its content out.
         plain |= {"tool_calls": calls} if calls else {}
-    return _with_reasoning(plain)
+    plain = _with_reasoning(plain)
+    return _with_one_text(plain) if forms.one_text and plain.get("tool_calls") else plain
+
+
+def _with_one_text(message: Message) -> Message:
+    """What a model has said before a call becomes the end of its reasoning: the template reads
+    either as that."""
+    text, reasoning = message.get("content"), message.get("reasoning_content")
+    if not (isinstance(text, str) and text and isinstance(reasoning, str) and reasoning):
+        return message
+    said = f"{reasoning}\n\n{text}"
+    return {**message, "content": "", "thinking": said, "reasoning_content": said}
 
 
 def _with_reasoning(message: Message) -> Message:

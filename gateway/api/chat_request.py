@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from gateway.api.answer_plan import AnswerPlan
 from gateway.api.bodies import ChatBody
+from gateway.api.guided import RESPONSE_FORMAT, DemandedForm
 from gateway.api.messages import read_chat_options, read_messages
 from gateway.api.reasoning import effort_variables, reasoning_opened, thinking_budget
 from gateway.api.tools import ToolMode, ToolRequest, read_tools
@@ -36,6 +37,13 @@ class ChatRequest:
     def continued(self) -> Mapping[str, Any] | None:
         """The message that the answer continues."""
         return self.messages[-1] if self.options.continue_final_message else None
+
+    def form(self, demanded: DemandedForm | None) -> DemandedForm | None:
+        """What of the demanded form holds for the answer. `response_format` is the form of a text,
+        and an answer that must call has none: clients send both. The other fields are forms of the
+        whole answer, as in vLLM."""
+        is_of_text = demanded is not None and demanded.param == RESPONSE_FORMAT
+        return None if is_of_text and self.tools.mode is ToolMode.REQUIRED else demanded
 
 
 def read_chat(body: ChatBody, served: ServedModel) -> ChatRequest:

@@ -21,6 +21,7 @@ from gateway.api.openai_responses.answer import ResponseAnswer
 from gateway.api.openai_responses.bodies import ResponsesBody, refuse_unsupported
 from gateway.api.openai_responses.chat import chat_fields as chat_of_response
 from gateway.api.openai_responses.chat import input_messages
+from gateway.api.openai_responses.references import with_named_items
 from gateway.api.openai_responses.store import ResponseStore, StoredResponse
 from gateway.api.request_context import require_context
 from gateway.api.routes import Routes
@@ -154,11 +155,12 @@ class DialectRoutes:
     async def _responses(self, request: web.Request) -> web.StreamResponse:
         answering = _Answering(self._store, require_context(request).key.name)
         with naming_fields(RESPONSES_NAMES):
-            response = await self._answer_chat(
-                request, ResponsesBody, answering.chat_of, answering.dialect_of
-            )
-        answering.remember()
-        return response
+            try:
+                return await self._answer_chat(
+                    request, ResponsesBody, answering.chat_of, answering.dialect_of
+                )
+            finally:  # a client may leave once it has read the last event
+                answering.remember()
 
     async def _show_response(self, request: web.Request) -> web.Response:
         stored = self._require_stored(request)
@@ -192,7 +194,8 @@ class _Answering:
     def chat_of(self, body: ResponsesBody) -> ChatBody:
         """Raises RequestError."""
         refuse_unsupported(body)
-        self._body = body
+        given = with_named_items(body.input, self._store, self._owner)
+        body = self._body = msgspec.structs.replace(body, input=given)
         if body.previous_response_id is not None:
             before = _require(
                 self._store, body.previous_response_id, self._owner, param="previous_response_id"

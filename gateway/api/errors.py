@@ -23,6 +23,7 @@ _STATUS_BY_CODE = {
     "forbidden": 403,
     "model_not_found": 404,
     "response_not_found": 404,
+    "item_not_found": 404,
     "request_too_large": 413,
     "request_timeout": 408,
     "unsupported_content_encoding": 415,

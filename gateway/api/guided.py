@@ -31,7 +31,8 @@ _STRUCTURED_OPTIONS = (
     "disable_fallback",  # there is one backend
 )
 
-FIELDS = ("response_format", "structured_outputs", *_STRUCTURED.values())
+RESPONSE_FORMAT = "response_format"
+FIELDS = (RESPONSE_FORMAT, "structured_outputs", *_STRUCTURED.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ def _structured_outputs(value: Any) -> list[_Constraint]:
 
 
 def _response_format(value: Any) -> list[_Constraint]:
-    param = "response_format"
+    param = RESPONSE_FORMAT
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "text":
         return []

@@ -203,8 +203,8 @@ class HttpApp:
             stream = self._stream(request, body, served)
             async with self._admission.turn(request, expires_at=scheduling.expires_at):
                 options = read_options(body, limits).of_stream(stream, body.seed)
-                form = self._grammars.form_of(body)
                 chat = read_chat(body, served)
+                form = chat.form(self._grammars.form_of(body))
                 ids = await served.tokenizer.encode_chat(
                     chat.messages,
                     chat.options.at(None if stream is None else stream.created),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gateway.api.bodies import ChatBody
+from gateway.call_history import in_order_of_calls
 from gateway.chat_template import ChatOptions
 from shared.errors import RequestError
 
@@ -21,16 +22,16 @@ _TEXT_PARTS = {
 MESSAGES_MAX = 1024
 MESSAGE_PARTS_MAX = 4096
 MESSAGES_BYTES_MAX = 2 << 20
-"""Limits on a chat: a template runs over each message and each part, however short."""
+"""Limits on a chat: a template runs over each message, each part and each call, however short."""
 
 
 def read_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each has a `role`, and a `content` that is a text, null or a list of `text` parts. Raises
-    RequestError."""
+    """Each has a `role`, and a `content` that is a text, null or a list of `text` parts. Results of
+    calls come in the order of the calls. Raises RequestError."""
     if not messages:
         raise _refusal("there must be at least one")
     _check_size(messages)
-    return [_message(index, message) for index, message in enumerate(messages)]
+    return in_order_of_calls([_message(index, each) for index, each in enumerate(messages)])
 
 
 def _check_size(messages: Sequence[Any]) -> None:
@@ -38,8 +39,10 @@ def _check_size(messages: Sequence[Any]) -> None:
         raise _refusal(f"a chat may have {MESSAGES_MAX} messages")
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    if len(parts) > MESSAGE_PARTS_MAX:
-        raise _refusal(f"the messages of a chat may have {MESSAGE_PARTS_MAX} parts")
+    calls = [message.get("tool_calls") for message in messages if isinstance(message, dict)]
+    num_calls = sum(len(each) for each in calls if isinstance(each, list))
+    if len(parts) + num_calls > MESSAGE_PARTS_MAX:
+        raise _refusal(f"the messages of a chat may have {MESSAGE_PARTS_MAX} parts and calls")
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     num_bytes = sum(len(t.encode()) for t in [*contents, *texts] if isinstance(t, str))
     if num_bytes > MESSAGES_BYTES_MAX:

@@ -11,11 +11,13 @@ from served import Served, served_from_environment
 
 CLIENTS = {
     "test_openai.py": "openai",
+    "test_openai_agents.py": "openai",
     "test_langchain.py": "langchain_openai",
     "test_litellm.py": "litellm",
     "test_llama_index.py": "llama_index",
     "test_instructor.py": "instructor",
     "test_anthropic.py": "anthropic",
+    "test_anthropic_agents.py": "anthropic",
     "test_node.py": "schemathesis",
     "test_openapi.py": "schemathesis",
     "test_guidellm.py": "guidellm",

@@ -1,6 +1,7 @@
 """Runs the tests of this folder in each of the clients' environments, against servers that are
-started once: an instance of the shipped model, and a gateway whose answers are known. It runs in
-the project's environment: `python -m tests.clients.run .venv-clients/*`."""
+started once: an instance of the shipped model, a gateway whose answers are known, and one whose
+model calls tools and reads their results. It runs in the project's environment:
+`python -m tests.clients.run .venv-clients/*`."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from shared.logs import configure_logs
+from tests.support.agent_model import write_agent_model
 from tests.support.cluster import running_cluster
 from tests.support.gateway_harness import MODEL, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
@@ -62,17 +64,22 @@ async def _run(environment: Path, variables: dict[str, str]) -> int:
 @asynccontextmanager
 async def _servers(folder: Path) -> AsyncIterator[str]:
     """Fields of `served.Served`, as JSON."""
-    toy = folder / "toy"
-    toy.mkdir()
+    toy, agent = folder / "toy", folder / "agent"
+    for each in (toy, agent):
+        each.mkdir()
     tokenizer = write_tokenizer(toy)
+    script_of = write_agent_model(agent)
     flags = ("--api-key-file", str(_write_keys(folder)))
     formats = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
     async with (
         running_cluster(folder / "run", MODEL_DIR, ranks=2, flags=flags, api_key=KEY) as cluster,
         running_gateway(toy, **formats) as scripted,
+        running_gateway(agent, context_tokens_max=8192) as agents,
     ):
         for rank in scripted.ranks:
             rank.script = [*tokenizer.encode(SAID).ids, EOS]
+        for rank in agents.ranks:
+            rank.script_of = script_of
         where = {
             "url": cluster.url,
             "model": await cluster.model_name(),
@@ -80,6 +87,7 @@ async def _servers(folder: Path) -> AsyncIterator[str]:
             "narrow_key": NARROW_KEY,
             "scripted_url": scripted.url,
             "scripted_model": MODEL,
+            "agent_url": agents.url,
         }
         yield json.dumps(where)
 

@@ -33,15 +33,49 @@ GROW: Any = {
 SAID_TEXT = "Let me grow."
 SAID_REASONING = "How many arms?"
 SAID_ARGUMENTS = {"arms": 5, "note": "fünf 🌟"}
+COMPARE = "Compare Vega and Mira."
+COLOURS = {"Vega": "white", "Mira 🌟": "crimson"}
+TEXT: Any = {"type": "string"}
+STAR_TOOLS: Any = {
+    "colour": {"type": "object", "properties": {"star": TEXT}, "required": ["star"]},
+    "compare": {
+        "type": "object",
+        "properties": {"first": TEXT, "second": TEXT},
+        "required": ["first", "second"],
+    },
+}
 LONG = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "stream": True}
 MODEL_DIR = Path(__file__).parents[2] / "models" / "starling-14m"
 WAIT_S = 30.0
 
 
+def colour(star: str) -> str:
+    """The colour of a star."""
+    return COLOURS[star]
+
+
+def compare(first: str, second: str) -> str:
+    """Compares two colours."""
+    return f"{first} differs from {second}."
+
+
+def run_tool(name: str, arguments: dict[str, Any]) -> str:
+    """What an agent does with a call."""
+    return {"colour": colour, "compare": compare}[name](**arguments)
+
+
+def compared(*, thought: bool) -> str:
+    """The answer at the end. `thought`: the client has sent the reasoning back."""
+    found = "Vega is white, Mira 🌟 is crimson: white differs from crimson."
+    return f"{found} {'Two stars.' if thought else 'No thought.'}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
     """`url`: an instance of the shipped model; of `narrow_key` it runs one request at a time.
-    `scripted_url`: every answer is SAID_REASONING, SAID_TEXT and a call of `grow`."""
+    `scripted_url`: every answer is SAID_REASONING, SAID_TEXT and a call of `grow`. `agent_url`: to
+    COMPARE two calls of `colour` come at once, then one of `compare`, then `compared`; there, too,
+    the model is `scripted_model`."""
 
     url: str
     model: str
@@ -49,6 +83,7 @@ class Served:
     narrow_key: str
     scripted_url: str
     scripted_model: str
+    agent_url: str
 
     @property
     def api(self) -> str:
@@ -57,6 +92,10 @@ class Served:
     @property
     def scripted_api(self) -> str:
         return self.scripted_url + "/v1"
+
+    @property
+    def agent_api(self) -> str:
+        return self.agent_url + "/v1"
 
     def sessions(self) -> int:
         """In flight at the instance."""

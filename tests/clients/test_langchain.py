@@ -10,7 +10,7 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel, Field
-from served import SAID_ARGUMENTS, SAID_TEXT, Served
+from served import COMPARE, SAID_ARGUMENTS, SAID_TEXT, Served, compared, run_tool
 
 
 class Arms(BaseModel):
@@ -126,3 +126,43 @@ def test_who_leaves_ends_the_session(served: Served) -> None:
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     served.wait_idle()
+
+
+@tool
+def colour(star: str) -> str:
+    """The colour of a star."""
+    return run_tool("colour", {"star": star})
+
+
+@tool
+def compare(first: str, second: str) -> str:
+    """Compares two colours."""
+    return run_tool("compare", {"first": first, "second": second})
+
+
+@pytest.mark.parametrize(
+    ("options", "thought"),
+    [
+        ({}, False),
+        ({"streaming": True}, False),
+        ({"use_responses_api": True}, True),
+        ({"use_responses_api": True, "streaming": True}, False),
+        ({"use_previous_response_id": True, "streaming": True}, True),
+    ],
+)
+def test_an_agent(served: Served, options: dict[str, Any], thought: bool) -> None:
+    """Results come the other way round. `thought`: the reasoning is sent back."""
+    where = {"model": served.scripted_model, "base_url": served.agent_api, "api_key": "none"}
+    tools = {each.name: each for each in (colour, compare)}
+    model = chat(served, **where, **{"max_tokens": None, **options}).bind_tools([*tools.values()])
+    messages: list[Any] = [HumanMessage(COMPARE)]
+    num_calls = []
+    for _ in range(4):
+        answer = model.invoke(messages)
+        messages.append(answer)
+        if not answer.tool_calls:
+            break
+        num_calls.append(len(answer.tool_calls))
+        messages += [tools[call["name"]].invoke(call) for call in reversed(answer.tool_calls)]
+    assert num_calls == [2, 1]
+    assert answer.text == compared(thought=thought)

@@ -9,7 +9,19 @@ from typing import Any
 import litellm
 import pytest
 from pydantic import BaseModel, Field
-from served import GROW, PARAMETERS, QUESTION, SAID_ARGUMENTS, SAID_REASONING, SAID_TEXT, Served
+from served import (
+    COMPARE,
+    GROW,
+    PARAMETERS,
+    QUESTION,
+    SAID_ARGUMENTS,
+    SAID_REASONING,
+    SAID_TEXT,
+    STAR_TOOLS,
+    Served,
+    compared,
+    run_tool,
+)
 
 
 class Arms(BaseModel):
@@ -127,3 +139,36 @@ def test_who_leaves_ends_the_session(served: Served) -> None:
     with pytest.raises(litellm.Timeout):
         ask(served, timeout=0.05, **long)
     served.wait_idle()
+
+
+@pytest.mark.parametrize(("api", "thought"), [("openai", True), ("anthropic", False)])
+def test_an_agent(served: Served, api: str, thought: bool) -> None:
+    """Results come the other way round. Through the Messages API thinking is not asked for."""
+    messages: list[Any] = [{"role": "user", "content": COMPARE}]
+    options: dict[str, Any] = {
+        "model": f"{api}/{served.scripted_model}",
+        "api_base": served.agent_api if api == "openai" else served.agent_url,
+        "api_key": "none",
+        "max_tokens": 2000,
+        "tools": [
+            {"type": "function", "function": {"name": name, "parameters": parameters}}
+            for name, parameters in STAR_TOOLS.items()
+        ],
+    }
+    num_calls = []
+    for _ in range(4):
+        message = ask(served, messages=messages, **options).choices[0].message
+        messages.append(message)
+        if not message.tool_calls:
+            break
+        num_calls.append(len(message.tool_calls))
+        messages += [
+            {
+                "role": "tool",
+                "tool_call_id": call.id,
+                "content": run_tool(call.function.name, json.loads(call.function.arguments)),
+            }
+            for call in reversed(message.tool_calls)
+        ]
+    assert num_calls == [2, 1]
+    assert message.content == compared(thought=thought)

@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("module", ["openai.test.mjs", "ai_sdk.test.mjs"])
+@pytest.mark.parametrize("module", ["openai.test.mjs", "ai_sdk.test.mjs", "ai_sdk_agents.test.mjs"])
 def test_clients_for_node(module: str) -> None:
     done = subprocess.run(
         ["node", "--test", "--test-timeout=100000", module],

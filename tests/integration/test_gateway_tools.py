@@ -201,6 +201,24 @@ async def test_parallel_calls_can_be_turned_off(
     assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
 
 
+async def test_a_forced_call_goes_before_the_form_of_a_text(
+    harness: GatewayHarness, tokenizer: Tokenizer
+) -> None:
+    """Clients send both, with the same schema."""
+    say(harness, tokenizer, CALL)
+    schema = TOOLS[0]["function"]["parameters"]
+    form = {"type": "json_schema", "json_schema": {"name": "get_weather", "schema": schema}}
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        asked = {"tools": TOOLS, "tool_choice": choice, "seed": 1}
+        for fields in (asked, {**asked, "response_format": form}):
+            status, body, _ = await post(harness, **fields)
+            assert (status, body["choices"][0]["finish_reason"]) == (200, "tool_calls"), body
+    sent = [submit.sampling.grammar for rank in harness.ranks for submit in rank.submits]
+    assert len(sent) == 4
+    assert len(set(sent)) == 1
+    assert sent[0]
+
+
 async def test_a_call_that_is_cut_off_ends_by_length(
     harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shared.handshake import Access, admit
 from shared.records import RankRecord
@@ -53,7 +53,8 @@ def toy_logprob(token: int, num_top: int) -> TokenLogprob:
 
 
 class ToyRank:
-    """`script`, if set, has token `i` of every session. `hold_at` stops every session before that
+    """`script`, if set, has token `i` of every session; `script_of`, if set, makes one of a
+    session's prompt. `hold_at` stops every session before that
     index, until `go` is called. `refuse` is the number of Submits to refuse with a retryable
     error."""
 
@@ -62,6 +63,7 @@ class ToyRank:
         self.member = Member(rank=RankId(rank), incarnation=Incarnation(incarnation))
         self.step_s = step_s
         self.script: Sequence[int] | None = None
+        self.script_of: Callable[[Sequence[int]], Sequence[int]] | None = None
         self.hold_at: int | None = None
         self.refuse = 0
         self.reject: str | None = None
@@ -76,6 +78,7 @@ class ToyRank:
         self.submitted = asyncio.Event()
         self._open: dict[SessionId, Submit] = {}
         self._next: dict[SessionId, int] = {}
+        self._scripts: dict[SessionId, Sequence[int]] = {}
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self._stepper: asyncio.Task[None] | None = None
@@ -181,6 +184,9 @@ class ToyRank:
         if error is None:
             self._open[submit.session] = submit
             self._next[submit.session] = submit.num_emitted
+            if self.script_of is not None:
+                prompt = submit.tokens[: len(submit.tokens) - submit.num_emitted]
+                self._scripts[submit.session] = self.script_of(prompt)
             self._score_prompt(submit)
             return
         answer = SessionTokens(
@@ -226,7 +232,8 @@ class ToyRank:
         if self.hold_at is not None and index >= self.hold_at:
             return None
         prompt = submit.tokens[: len(submit.tokens) - submit.num_emitted]
-        token = self.script[index] if self.script is not None else toy_token(prompt, index)
+        script = self._scripts.get(submit.session, self.script)
+        token = script[index] if script is not None else toy_token(prompt, index)
         self._next[submit.session] = index + 1
         finish = None
         stops = {*submit.sampling.stop_token_ids, *(() if submit.sampling.ignore_eos else (EOS,))}

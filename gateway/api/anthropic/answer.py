@@ -18,6 +18,9 @@ _encode = msgspec.json.encode
 UNPARSED = "_unparsed_arguments"
 """Key of the input of a call that `max_tokens` cut off."""
 
+NO_THREADS = "thread_unsupported_request"
+"""Code of an error after which Anthropic's clients send the whole conversation."""
+
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 _ERROR_TYPES = {
     401: "authentication_error",
@@ -155,11 +158,14 @@ class MessagesAnswer:
 
 def error_body(error: HttpError, request_id: str | None = None) -> bytes:
     """Anthropic's shape of an error whose body has OpenAI's."""
-    message = msgspec.json.decode(error.body)["error"]["message"]
+    openai = msgspec.json.decode(error.body)["error"]
     kind = _ERROR_TYPES.get(error.status)
     if kind is None:
         kind = "invalid_request_error" if error.status < 500 else "api_error"
-    plain = {"type": "error", "error": {"type": kind, "message": message}}
+    told: dict[str, Any] = {"type": kind, "message": openai["message"]}
+    if openai["code"] == NO_THREADS:
+        told["details"] = {"error_code": NO_THREADS, "unsupported": ["thread"]}
+    plain = {"type": "error", "error": told}
     return _encode(plain if request_id is None else {**plain, "request_id": request_id})
 
 

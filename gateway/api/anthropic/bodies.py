@@ -66,6 +66,11 @@ class MessagesBody(CountBody, kw_only=True):
     service_tier: Any = None
     inference_geo: Any = None
     diagnostics: Any = None
+    billing_policy: Any = None
+    fallbacks: Any = None  # no model here refuses
+    fallback_credit_token: Any = None
     # Read only to be rejected:
+    thread: Any = None
+    compaction: Any = None
     container: Any = None
     mcp_servers: list[Any] | None = None

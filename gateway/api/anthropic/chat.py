@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.api.anthropic.answer import NO_THREADS
 from gateway.api.anthropic.bodies import CountBody, MessagesBody, Thinking
 from gateway.api.reasoning import EFFORTS
 from shared.errors import RequestError
@@ -15,7 +16,10 @@ _THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 _ABSENT = {
     "container": "no code runs here",
     "mcp_servers": "tools run at the client; pass them as tools",
+    "thread": "no conversation is held here; pass all messages",
+    "compaction": "the model reads all messages; pass fewer of them",
 }
+_CODES = {"thread": NO_THREADS}
 _TEXT_ONLY = "only text, tool_use, tool_result and thinking are supported"
 
 
@@ -38,7 +42,8 @@ def chat_fields(body: MessagesBody) -> dict[str, Any]:
     """Raises RequestError."""
     for name, why in _ABSENT.items():
         if getattr(body, name):
-            raise RequestError(f"{name} is not supported: {why}", param=name)
+            reason = f"{name} is not supported: {why}"
+            raise RequestError(reason, param=name, code=_CODES.get(name))
     chat = {**prompt_fields(body), **body.answer_fields()}
     chat |= {
         "max_tokens": body.max_tokens,

@@ -15,6 +15,9 @@ from gateway.api.responses import Usage
 
 _encode = msgspec.json.encode
 
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+"""Kind of an item → how its id begins. The id goes on with its response's and its index."""
+
 
 @dataclass(slots=True)
 class _Item:
@@ -70,7 +73,7 @@ class ResponseAnswer:
         self, *, id: str, created: int, model: str, body: ResponsesBody, seed: int | None = None
     ) -> None:
         self._suffix = id.removeprefix("chatcmpl-")
-        self.id = f"resp_{self._suffix}"
+        self.id = _response_id(self._suffix)
         self._created = created
         self._model = model
         self._seed = {} if seed is None else {"seed": seed}
@@ -198,9 +201,8 @@ class ResponseAnswer:
         return [*events, self._event("response.output_item.done", **done)]
 
     def _new_item(self, kind: str) -> _Item:
-        prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[kind]
         index = len(self._items)
-        item = _Item(kind=kind, index=index, id=f"{prefix}_{self._suffix}_{index}")
+        item = _Item(kind=kind, index=index, id=f"{_PREFIXES[kind]}_{self._suffix}_{index}")
         self._items.append(item)
         return item
 
@@ -244,6 +246,17 @@ class ResponseAnswer:
         data = _encode({"type": kind, "sequence_number": self._sequence, **fields})
         self._sequence += 1
         return sent_event(kind, data)
+
+
+def response_of_item(item_id: str) -> str | None:
+    """The id of the response that an item of this id is from; None if no item has such an id."""
+    prefix, _, rest = item_id.partition("_")
+    suffix, _, index = rest.rpartition("_")
+    return _response_id(suffix) if prefix in _PREFIXES.values() and suffix and index else None
+
+
+def _response_id(suffix: str) -> str:
+    return f"resp_{suffix}"
 
 
 def _item_status(ending: Ending) -> str:

@@ -50,7 +50,7 @@ def input_messages(given: str | Sequence[Any]) -> list[dict[str, Any]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     messages: list[dict[str, Any]] = []
-    thoughts = ""
+    thoughts: list[str] = []  # whose turn is not known yet
     for index, item in enumerate(given):
         where = f"input[{index}]"
         if not isinstance(item, dict):
@@ -58,23 +58,26 @@ def input_messages(given: str | Sequence[Any]) -> list[dict[str, Any]]:
         match item.get("type", "message"):
             case "message":
                 message = _message(where, item)
-                if message["role"] == "assistant" and thoughts:
-                    message["reasoning_content"], thoughts = thoughts, ""
+                if message["role"] == "assistant":
+                    _think(message, thoughts)
+                else:
+                    _end_thoughts(messages, thoughts)
                 messages.append(message)
             case "reasoning":
-                thoughts += _reasoning_text(item)
+                thoughts.append(_reasoning_text(item))
             case "function_call":
                 turn = _assistant_turn(messages)
-                if thoughts:
-                    turn["reasoning_content"], thoughts = thoughts, ""
+                _think(turn, thoughts)
                 turn.setdefault("tool_calls", []).append(_call(where, item))
             case "function_call_output":
+                _end_thoughts(messages, thoughts)
                 messages.append(_call_output(where, item))
             case kind:
                 raise _refusal(
-                    f"{where} has type {kind!r:.60}; message, reasoning, function_call and "
-                    "function_call_output are supported"
+                    f"{where} has type {kind!r:.60}; message, reasoning, function_call, "
+                    "function_call_output and item_reference are supported"
                 )
+    _end_thoughts(messages, thoughts)
     return messages
 
 
@@ -82,6 +85,20 @@ def _assistant_turn(messages: list[dict[str, Any]]) -> dict[str, Any]:
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
     return messages[-1]
+
+
+def _think(turn: dict[str, Any], thoughts: list[str]) -> None:
+    """The thoughts are of this turn, after those that it has."""
+    if text := "".join(thoughts):
+        turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+    thoughts.clear()
+
+
+def _end_thoughts(messages: list[dict[str, Any]], thoughts: list[str]) -> None:
+    """An answer that was cut off in its reasoning is a turn of its own."""
+    if any(thoughts):
+        messages.append({"role": "assistant", "content": ""})
+        _think(messages[-1], thoughts)
 
 
 def _message(where: str, item: Mapping[str, Any]) -> dict[str, Any]:

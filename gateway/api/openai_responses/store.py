@@ -14,11 +14,13 @@ import msgspec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredResponse:
-    """`response` and `chat` are JSON. `owner` is the client's key, for whom alone it exists."""
+    """`output` (its items), `others` (its other fields) and `chat` are JSON. `owner` is the
+    client's key, for whom alone it exists."""
 
     owner: str
     id: str
-    response: bytes
+    output: bytes
+    others: bytes
     chat: bytes
 
     @classmethod
@@ -30,12 +32,22 @@ class StoredResponse:
         owner: str,
     ) -> StoredResponse:
         """`messages` is the whole chat, answer included, without instructions."""
+        others = {key: value for key, value in response.items() if key != "output"}
         return cls(
             owner=owner,
             id=str(response["id"]),
-            response=msgspec.json.encode(response),
+            output=msgspec.json.encode(response["output"]),
+            others=msgspec.json.encode(others),
             chat=msgspec.json.encode(messages),
         )
+
+    @property
+    def response(self) -> bytes:
+        return self.others[:-1] + b',"output":' + self.output + b"}"
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        return msgspec.json.decode(self.output, type=list[dict[str, Any]])
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -43,7 +55,7 @@ class StoredResponse:
 
     @property
     def num_bytes(self) -> int:
-        return len(self.response) + len(self.chat)
+        return len(self.output) + len(self.others) + len(self.chat)
 
 
 class ResponseStore:

@@ -2,6 +2,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import OpenAI from "openai";
+import { zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
+import { z } from "zod";
 
 const served = JSON.parse(process.env.STARFISH_SERVED);
 const messages = [{ role: "user", content: "What is a starfish?" }];
@@ -48,6 +50,24 @@ test("a forced call has valid arguments", async () => {
   assert.deepEqual(Object.keys(JSON.parse(call.function.arguments)), ["arms"]);
 });
 
+test("objects follow their schema", async () => {
+  const arms = z.strictObject({ arms: z.int().min(0).max(9), alive: z.boolean() });
+  const chat = await client().chat.completions.parse({
+    model: served.model,
+    messages,
+    response_format: zodResponseFormat(arms, "arms"),
+    max_tokens: 60,
+  });
+  const response = await client().responses.parse({
+    model: served.model,
+    input: "How many arms?",
+    text: { format: zodTextFormat(arms, "arms") },
+    max_output_tokens: 60,
+  });
+  for (const parsed of [chat.choices[0].message.parsed, response.output_parsed])
+    assert.ok(arms.safeParse(parsed).success);
+});
+
 test("a call is streamed", async () => {
   const stream = scripted.chat.completions.stream({
     model: served.scripted_model,
@@ -58,6 +78,30 @@ test("a call is streamed", async () => {
   assert.equal(message.content, "Let me grow.");
   assert.equal(JSON.parse(message.tool_calls[0].function.arguments).arms, 5);
 });
+
+for (const stream of [false, true]) {
+  test(`an agent, ${stream ? "streamed" : "whole"}`, async () => {
+    const agent = client({ baseURL: `${served.agent_url}/v1`, apiKey: "none" });
+    const text = { type: "string" };
+    const described = (name, names, run) => {
+      const properties = Object.fromEntries(names.map((each) => [each, text]));
+      const schema = { type: "object", properties, required: names };
+      const own = { name, description: name, parameters: schema, parse: JSON.parse, function: run };
+      return { type: "function", function: own };
+    };
+    const runner = agent.chat.completions.runTools({
+      model: served.scripted_model,
+      messages: [{ role: "user", content: "Compare Vega and Mira." }],
+      tools: [
+        described("colour", ["star"], ({ star }) => (star === "Vega" ? "white" : "crimson")),
+        described("compare", ["first", "second"], (each) => `${each.first} ≠ ${each.second}.`),
+      ],
+      stream,
+    });
+    const found = "Vega is white, Mira 🌟 is crimson: white ≠ crimson.";
+    assert.equal(await runner.finalContent(), `${found} No thought.`); // the runner drops reasoning
+  });
+}
 
 test("the Responses API streams text and a call", async () => {
   const stream = scripted.responses.stream({

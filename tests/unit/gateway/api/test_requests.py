@@ -43,6 +43,7 @@ def part(text: str) -> dict[str, str]:
         [],
         [message("")] * (MESSAGES_MAX + 1),
         [message([part("")] * (MESSAGE_PARTS_MAX + 1))],
+        [{**message(""), "tool_calls": [{}] * MESSAGE_PARTS_MAX}, {**message([part("")])}],
         [message("x" * (MESSAGES_BYTES_MAX // 2))] * 3,
         [message([part("\u2126" * (MESSAGES_BYTES_MAX // 2))])],
     ],

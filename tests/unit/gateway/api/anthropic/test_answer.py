@@ -8,7 +8,13 @@ import msgspec
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
-from gateway.api.anthropic.answer import UNPARSED, MessagesAnswer, error_body, read_arguments
+from gateway.api.anthropic.answer import (
+    NO_THREADS,
+    UNPARSED,
+    MessagesAnswer,
+    error_body,
+    read_arguments,
+)
 from gateway.api.dialect import Ending
 from gateway.api.errors import http_error
 from gateway.api.responses import Usage
@@ -108,6 +114,13 @@ def test_errors_have_anthropics_shape() -> None:
     full = http_error(Overloaded("full", retry_after_s=1))
     assert msgspec.json.decode(error_body(full))["error"]["type"] == "rate_limit_error"
     assert answer().failed(full).startswith(b"event: error\ndata: {")
+
+
+def test_a_conversation_that_is_not_held_is_refused_so_that_clients_send_it_whole() -> None:
+    """As anthropic's `tool_runner` reads it."""
+    refused = http_error(RequestError("no", param="thread", code=NO_THREADS))
+    details = msgspec.json.decode(error_body(refused))["error"]["details"]
+    assert details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
 def test_arguments_that_were_cut_off_stay_readable() -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from anthropic.types.beta.message_create_params import (
+    MessageCreateParamsBase as BetaMessageCreateParams,
+)
 from anthropic.types.message_count_tokens_params import MessageCountTokensParams
 from anthropic.types.message_create_params import MessageCreateParamsBase
 from anthropic.types.output_config_param import OutputConfigParam
@@ -186,6 +189,9 @@ def test_the_form_of_the_output_is_a_response_format() -> None:
     [
         {"container": "c"},
         {"mcp_servers": [{"url": "https://example.com"}]},
+        {"thread": {"type": "create"}},
+        {"thread": {"type": "continue", "previous_message_id": "msg_1"}},
+        {"compaction": {"type": "summarize"}},
         {"output_config": {"format": {"type": "xml"}}},
         {"output_format": {"type": "json_schema"}},
         {"output_config": {"effort": "enormous"}},
@@ -231,3 +237,11 @@ def test_thinking_is_shown_unless_it_is_to_be_omitted(
 )
 def test_every_field_of_the_api_is_known(body: type[msgspec.Struct], theirs: type) -> None:
     assert set(theirs.__annotations__) - {"stream"} <= set(body.__struct_fields__)
+
+
+def test_the_fields_of_the_clients_agents_are_known() -> None:
+    """Their API is a draft of the next one. Nothing is cleared from a context, which is named."""
+    elsewhere = {"stream", "betas", "context_management"}
+    assert set(BetaMessageCreateParams.__annotations__) - elsewhere <= set(
+        MessagesBody.__struct_fields__
+    )

@@ -127,13 +127,31 @@ def test_items_become_turns() -> None:
     assert messages[3] == {"role": "tool", "tool_call_id": "c1", "content": "7"}
 
 
+def test_reasoning_belongs_to_the_turn_that_it_stands_in() -> None:
+    def thought(text: str) -> dict[str, Any]:
+        return {"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]}
+
+    said = {"role": "assistant", "content": "I look."}
+    made = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    (turn,) = input_messages([thought("a"), said, thought("b"), made])
+    assert (turn["content"], turn["reasoning_content"], len(turn["tool_calls"])) == (
+        "I look.",
+        "ab",
+        1,
+    )
+    cut_off = {"role": "assistant", "content": "", "reasoning_content": "a"}
+    user = {"role": "user", "content": "Go on."}
+    assert input_messages([thought("a"), user, said]) == [cut_off, user, said]
+    assert input_messages([thought("a")]) == [cut_off]
+    assert input_messages([thought(""), user]) == [user]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"input": [7]},
         {"input": [{"role": "robot", "content": "x"}]},
         {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
-        {"input": [{"type": "item_reference", "id": "x"}]},
         {"input": [{"type": "function_call", "name": "f"}]},
         {"tools": [{"type": "web_search"}]},
         {"background": True},
@@ -190,7 +208,7 @@ def test_a_failed_stream_keeps_what_came() -> None:
 
 def stored(number: int, owner: str = "a") -> StoredResponse:
     messages = [{"role": "user", "content": "x" * 100}]
-    return StoredResponse.of({"id": f"resp_{number}"}, messages, owner=owner)
+    return StoredResponse.of({"id": f"resp_{number}", "output": []}, messages, owner=owner)
 
 
 def test_the_store_is_bounded_and_keeps_what_is_used() -> None:
@@ -201,7 +219,7 @@ def test_the_store_is_bounded_and_keeps_what_is_used() -> None:
     store.put(stored(3))
     assert store.get("resp_1", "a") is None
     assert store.get("resp_0", "a") is not None
-    store.put(StoredResponse.of({"id": "x" * 600}, [], owner="a"))
+    store.put(StoredResponse.of({"id": "x" * 600, "output": []}, [], owner="a"))
     assert len(store) == 3
 
 
@@ -241,9 +259,10 @@ def test_the_store_takes_no_more_memory_than_its_bound_says() -> None:
     try:
         for number in range(50):
             parameters = msgspec.json.decode(tools)
-            response = {"id": f"resp_{number}", "tools": [{"parameters": parameters}]}
+            tools_of = [{"parameters": parameters}]
+            response = {"id": f"resp_{number}", "output": [], "tools": tools_of}
             store.put(StoredResponse.of(response, [], owner="a"))
-        del parameters, response
+        del parameters, response, tools_of
         assert 25 < len(store) < 40
         assert tracemalloc.get_traced_memory()[0] < 1.5 * bytes_max
     finally:
