@@ -46,6 +46,7 @@ class CountBody(DialectBody, kw_only=True):
     tool_choice: dict[str, Any] | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    context_management: dict[str, Any] | None = None
     # They change nothing in the answer:
     cache_control: Any = None
     speed: Any = None

@@ -25,6 +25,7 @@ _TEXT_ONLY = "only text, tool_use, tool_result and thinking are supported"
 
 def prompt_fields(body: CountBody) -> dict[str, Any]:
     """The fields that make up the prompt. Raises RequestError."""
+    _check_nothing_is_cleared(body.context_management)
     chat: dict[str, Any] = {"messages": _messages(body), "model": body.model}
     thinks = _thinks(body.thinking)
     chat["chat_template_kwargs"] = {
@@ -36,6 +37,20 @@ def prompt_fields(body: CountBody) -> dict[str, Any]:
     if body.tools:
         chat["tools"] = [_tool(index, tool) for index, tool in enumerate(body.tools)]
     return {**chat, **_tool_choice(body.tool_choice)}
+
+
+def _check_nothing_is_cleared(management: Mapping[str, Any] | None) -> None:
+    """Agents send it always, also if all is to be kept. Raises RequestError if something might be
+    cleared: the model reads all of it here."""
+    edits = (management or {}).get("edits") or []
+    if not isinstance(edits, list) or any(
+        not isinstance(edit, dict) or edit.get("keep") != "all" for edit in edits
+    ):
+        raise RequestError(
+            "context_management: nothing is cleared here; leave out edits that do not keep all, "
+            "and pass fewer messages",
+            param="context_management",
+        )
 
 
 def chat_fields(body: MessagesBody) -> dict[str, Any]:

@@ -240,8 +240,37 @@ def test_every_field_of_the_api_is_known(body: type[msgspec.Struct], theirs: typ
 
 
 def test_the_fields_of_the_clients_agents_are_known() -> None:
-    """Their API is a draft of the next one. Nothing is cleared from a context, which is named."""
-    elsewhere = {"stream", "betas", "context_management"}
+    """Their API is a draft of the next one."""
+    elsewhere = {"stream", "betas"}
     assert set(BetaMessageCreateParams.__annotations__) - elsewhere <= set(
         MessagesBody.__struct_fields__
     )
+
+
+@pytest.mark.parametrize(
+    "management",
+    [
+        None,
+        {},
+        {"edits": []},
+        {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    ],
+)
+def test_a_context_of_which_all_is_kept_is_as_without(management: dict[str, Any] | None) -> None:
+    assert chat_of(context_management=management) == chat_of()
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [{"type": "clear_tool_uses_20250919"}],
+        [{"type": "clear_thinking_20251015", "keep": {"type": "thinking_turns", "value": 1}}],
+        [{"type": "clear_thinking_20251015", "keep": "all"}, {"type": "compact_20260112"}],
+        ["all"],
+        {"keep": "all"},
+    ],
+)
+def test_what_would_clear_a_part_of_the_context_is_refused(edits: object) -> None:
+    with pytest.raises(RequestError, match="nothing is cleared") as caught:
+        chat_of(context_management={"edits": edits})
+    assert caught.value.param == "context_management"
