@@ -293,7 +293,9 @@ class InstanceDriver:
             with self._stages.stage(f"{num_ranks} ranks") as stage:
 
                 def show(registered: str) -> None:
-                    stage.update(self._supervisor.preparation() or registered)
+                    text = self._supervisor.preparation() or registered
+                    crash = self._first_crash()
+                    stage.update(text if crash is None else f"{text}; {crash}")
 
                 stage.result = await wait_for_map(
                     store, self._keys, num_ranks, show, self._require_alive
@@ -301,6 +303,11 @@ class InstanceDriver:
             await self._wait_for_gateways(store)
         finally:
             await store.close()
+
+    def _first_crash(self) -> str | None:
+        ranks = range(self._options.ranks)
+        crashes = (self._supervisor.crashes(f"rank-{rank}") for rank in ranks)
+        return next(filter(None, crashes), None)
 
     async def _wait_for_gateways(self, store: EtcdStore) -> None:
         number = self._options.gateways

@@ -24,6 +24,9 @@ from shared.logs import open_log
 
 _JITTER = (1.0, 1.5)
 _LOG_TAIL_BYTES = 64 << 10
+_CRASH = re.compile(r"\brank_crashed\b")
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: |$)")  # the last line of a traceback
+_SHOWN_CHARACTERS_MAX = 200
 _PREPARATION = re.compile(
     r"fork_server_(?:ready|prepares\s+done=(?P<done>\d+)\s.*\btotal=(?P<total>\d+))"
 )
@@ -206,6 +209,22 @@ class Supervisor:
             return None
         found = [line for line in lines.splitlines() if line.startswith("starfish rank: ")]
         return found[-1].partition(": ")[2] if found else None
+
+    def crashes(self, name: str) -> str | None:
+        """How often a rank has crashed by what its log says, and with what the last time; None if
+        it has not. Its agent starts it again, which may go on for ever."""
+        log_file = self._log_file(name)
+        try:
+            text = log_file.read_bytes().decode(errors="replace")
+        except OSError:
+            return None
+        *before, last = _CRASH.split(text)
+        if not before:
+            return None
+        lines = last.splitlines()[1:]
+        what = next((line for line in lines if _EXCEPTION.match(line)), "for an unknown reason")
+        times = "once" if len(before) == 1 else f"{len(before)} times"
+        return f"{name} crashed {times}: {what[:_SHOWN_CHARACTERS_MAX]}; see {log_file}"
 
     def preparation(self) -> str | None:
         """How much the agent's log says is prepared before the ranks start; None if all is."""

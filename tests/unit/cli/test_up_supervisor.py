@@ -52,6 +52,37 @@ def test_progress_of_the_preparation(tmp_path: Path, log: str | None, expected: 
     supervisor.close_lifeline()
 
 
+_CRASH = (
+    "2026-11-30 [error    ] rank_crashed             rank=1 service=rank\n"
+    "Traceback (most recent call last):\n"
+    '  File "a.py", line 7, in run\n'
+    "    dispatch()\n"
+    "RuntimeError: Failed: Assertion error b.cpp:204 'hidden % 128 == 0'\n"
+)
+_WHY = "RuntimeError: Failed: Assertion error b.cpp:204 'hidden % 128 == 0'"
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (None, None),
+        ("2026-11-30 [info     ] rank_started\n", None),
+        (_CRASH, f"rank-1 crashed once: {_WHY}"),
+        (_CRASH * 3 + "2026-11-30 [info     ] rank_started\n", f"rank-1 crashed 3 times: {_WHY}"),
+        ("… rank_crashed\n", "rank-1 crashed once: for an unknown reason"),
+    ],
+)
+def test_a_rank_that_crashes_again_and_again_is_told(
+    tmp_path: Path, log: str | None, expected: str | None
+) -> None:
+    if log is not None:
+        (tmp_path / "rank-1.log").write_text(log)
+    supervisor = _supervisor(tmp_path)
+    place = f"; see {tmp_path / 'rank-1.log'}"
+    assert supervisor.crashes("rank-1") == (None if expected is None else expected + place)
+    supervisor.close_lifeline()
+
+
 @pytest.mark.parametrize(
     ("last_act", "message"),
     [
