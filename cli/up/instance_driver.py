@@ -7,7 +7,7 @@ import contextlib
 import os
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -294,7 +294,9 @@ class InstanceDriver:
 
                 def show(registered: str) -> None:
                     text = self._supervisor.preparation() or registered
-                    crash = self._first_crash()
+                    capture = self._first_of(self._supervisor.capture)
+                    text = text if capture is None else f"{text}; {capture}"
+                    crash = self._first_of(self._supervisor.crashes)
                     stage.update(text if crash is None else f"{text}; {crash}")
 
                 stage.result = await wait_for_map(
@@ -304,10 +306,10 @@ class InstanceDriver:
         finally:
             await store.close()
 
-    def _first_crash(self) -> str | None:
-        ranks = range(self._options.ranks)
-        crashes = (self._supervisor.crashes(f"rank-{rank}") for rank in ranks)
-        return next(filter(None, crashes), None)
+    def _first_of(self, said: Callable[[str], str | None]) -> str | None:
+        """What is said of the first rank of which anything is."""
+        names = (f"rank-{rank}" for rank in range(self._options.ranks))
+        return next(filter(None, map(said, names)), None)
 
     async def _wait_for_gateways(self, store: EtcdStore) -> None:
         number = self._options.gateways

@@ -30,6 +30,10 @@ _SHOWN_CHARACTERS_MAX = 200
 _PREPARATION = re.compile(
     r"fork_server_(?:ready|prepares\s+done=(?P<done>\d+)\s.*\btotal=(?P<total>\d+))"
 )
+_CAPTURE = re.compile(
+    r"graphs_captured|rank_crashed|starfish rank: "
+    r"|captures_graphs\s+done=(?P<done>\d+)\s.*\btotal=(?P<total>\d+)"
+)
 
 
 class Supervisor:
@@ -228,15 +232,27 @@ class Supervisor:
 
     def preparation(self) -> str | None:
         """How much the agent's log says is prepared before the ranks start; None if all is."""
-        try:
-            text = (self.log_dir / "agent.log").read_bytes()[-_LOG_TAIL_BYTES:].decode()
-        except (OSError, UnicodeDecodeError):
+        found = self._last_match("agent", _PREPARATION)
+        if found is None or found["done"] is None:
             return None
-        found = list(_PREPARATION.finditer(text))
-        if not found or found[-1]["done"] is None:
-            return None
-        percent = 20 * (5 * int(found[-1]["done"]) // max(int(found[-1]["total"]), 1))
+        percent = 20 * (5 * int(found["done"]) // max(int(found["total"]), 1))
         return f"loading kernels, {percent} %"
+
+    def capture(self, name: str) -> str | None:
+        """How far a rank's log says that it is with its graphs, for which it may have to compile
+        kernels; None if it captures none now."""
+        found = self._last_match(name, _CAPTURE)
+        if found is None or found["done"] is None:
+            return None
+        return f"{name} compiles kernels, {found['done']} of {found['total']} graphs"
+
+    def _last_match(self, name: str, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """In the end of a child's log."""
+        try:
+            text = self._log_file(name).read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+        except OSError:
+            return None
+        return max(pattern.finditer(text), key=re.Match.start, default=None)
 
     async def stop(self, *services: Service) -> None:
         """Sends all of them SIGTERM, then SIGKILL after their stop time. Returns when they have

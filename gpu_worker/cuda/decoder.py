@@ -7,7 +7,7 @@ death, a heal or a rejoin needs no new capture. A step makes one copy to the dev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,11 +174,14 @@ class Decoder:
         """Takes effect from the next step on. No step may be in flight. Graphs stay valid."""
         self.slot_of_LUE.copy_(torch.from_numpy(slot_of_LUE))
 
-    def capture(self) -> None:
+    def capture(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Captures a graph for every size of step. Compiles kernels that are not compiled yet.
-        Writes nothing to the KV cache."""
+        Writes nothing to the KV cache. `on_progress` hears before each graph how many are done, of
+        how many."""
         pool = None
-        for inputs in (*reversed(self._prefill), *self._decode):
+        every = (*reversed(self._prefill), *self._decode)
+        for done, inputs in enumerate(every):
+            on_progress(done, len(every))
             self._enqueue(inputs)  # compiles; the inputs hold no token
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()

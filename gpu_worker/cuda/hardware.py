@@ -130,7 +130,7 @@ class CudaHardware:
             if exchange is not None:
                 exchange.watch_slot_table(decoder.slot_of_LUE)
             self._end_stage("decoder")
-            decoder.capture()
+            decoder.capture(self._report_graphs)
             self._end_stage("graphs")
             blocks = (
                 CudaBlockCache(decoder.attention.cache(), architecture=model.architecture)
@@ -156,6 +156,10 @@ class CudaHardware:
         if exchange is None:
             return self._alone(self._member, parts, has_peers=spec.capacity > 1)
         return self._of_incarnation(self._member, parts, exchange, exchange.mask)
+
+    def _report_graphs(self, done: int, total: int) -> None:
+        """For whoever starts the instance: with kernels to compile it takes minutes."""
+        log.info("captures_graphs", done=done, total=total)
 
     def _alone(self, member: Member, parts: _ProcessParts, *, has_peers: bool) -> Hardware:
         """Of a rank that exchanges nothing. Without peers, nobody ends its life."""

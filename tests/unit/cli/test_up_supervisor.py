@@ -52,6 +52,27 @@ def test_progress_of_the_preparation(tmp_path: Path, log: str | None, expected: 
     supervisor.close_lifeline()
 
 
+_CAPTURES = "2026-11-30 [info     ] captures_graphs          done=3 rank=1 service=rank total=14\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (None, None),
+        (_CAPTURES.replace("=3", "=2") + _CAPTURES, "rank-1 compiles kernels, 3 of 14 graphs"),
+        (_CAPTURES + "2026-11-30 [info     ] graphs_captured         seconds=31.2\n", None),
+        (_CAPTURES + "… rank_crashed\n", None),
+        (_CAPTURES + "starfish rank: the card has no room\n", None),
+    ],
+)
+def test_progress_of_a_ranks_graphs(tmp_path: Path, log: str | None, expected: str | None) -> None:
+    if log is not None:
+        (tmp_path / "rank-1.log").write_text(log)
+    supervisor = _supervisor(tmp_path)
+    assert supervisor.capture("rank-1") == expected
+    supervisor.close_lifeline()
+
+
 _CRASH = (
     "2026-11-30 [error    ] rank_crashed             rank=1 service=rank\n"
     "Traceback (most recent call last):\n"
