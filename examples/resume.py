@@ -2,6 +2,8 @@
 the id of the last event that it has, and goes on with what would have followed.
 
     .venv/bin/python examples/resume.py [--url http://127.0.0.1:8000] [--prompt "Once upon a time"]
+
+STARFISH_API_KEY in the environment is the API key, if the gateways want one.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +28,8 @@ def stream(urls: list[str], path: str, body: dict[str, Any]) -> Iterator[dict[st
         host = urls[attempt % len(urls)].removeprefix("http://")
         connection = http.client.HTTPConnection(host, timeout=30)
         try:
-            headers = {"Content-Type": "application/json", "Last-Event-ID": last_id}
+            key = os.environ.get("STARFISH_API_KEY", "none")
+            headers = {"Authorization": f"Bearer {key}", "Last-Event-ID": last_id}
             connection.request("POST", path, json.dumps({**body, "stream": True}), headers)
             response = connection.getresponse()
             if response.status in (400, 401, 403, 404):

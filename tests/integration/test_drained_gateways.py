@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from cli.run_dir import read_state
+from tests.support.authentication import client_session
 from tests.support.cluster import Cluster, running_cluster
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
@@ -36,7 +37,7 @@ async def cluster(
 
 async def stream(cluster: Cluster, model: str, begun: asyncio.Event) -> str:
     """The text of a whole answer, with the errors in it."""
-    async with aiohttp.ClientSession() as http:
+    async with client_session() as http:
         url = cluster.url + "/v1/completions"
         async with http.post(url, json={**LONG, "model": model}) as response:
             assert response.status == 200, await response.text()
@@ -50,7 +51,7 @@ async def stream(cluster: Cluster, model: str, begun: asyncio.Event) -> str:
 async def ask_anew(cluster: Cluster, model: str, answers: list[Any], stop: asyncio.Event) -> None:
     """Each request on a connection of its own, until `stop`."""
     while not stop.is_set():
-        async with aiohttp.ClientSession() as http:
+        async with client_session() as http:
             url = cluster.url + "/v1/completions"
             try:
                 async with http.post(url, json={**SHORT, "model": model}) as response:
@@ -114,7 +115,7 @@ async def test_all_gateways_of_an_instance_that_ends_answer_503_while_streams_fi
     refusals: list[tuple[str, int]] = []
     async with asyncio.timeout(60):
         while not all(each.done() for each in streams):
-            async with aiohttp.ClientSession() as http:
+            async with client_session() as http:
                 url = cluster.url + "/v1/completions"
                 try:
                     async with http.post(url, json={**SHORT, "model": model}) as response:

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from tokenizers import Tokenizer
 
+from tests.support.authentication import api_key
 from tests.support.gateway_harness import GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import toy_tokens
@@ -53,6 +54,7 @@ async def open_stream(
     reader, writer = await asyncio.open_connection(sock=connection, limit=4096)
     raw = json.dumps(body).encode()
     head = f"POST {path} HTTP/{version}\r\nHost: x\r\nConnection: close\r\n"
+    head += f"x-api-key: {api_key()}\r\n"
     writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
     return reader, writer
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests.support.authentication import api_key
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.metrics import metric_value
 from tests.support.tiny_tokenizer import write_tokenizer
@@ -122,6 +123,7 @@ async def test_a_body_that_is_too_large_is_refused_before_it_is_asked_for(
     harness: GatewayHarness,
 ) -> None:
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"x-api-key: {api_key()}\r\n"
     large = f"{head}Content-Length: 20000\r\nExpect: 100-continue\r\n\r\n"
     assert (await raw(harness, large.encode())).startswith(b"HTTP/1.1 413")
     small = f"{head}Content-Length: 30\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
