@@ -134,5 +134,5 @@ async def http_endpoint(
         web.get("/metrics", metrics_handler(metrics.registry, metrics.tolerance.update)),
         web.get("/health", show_health),
     ]
-    async with serve_routes(routes, host=host, port=port) as bound:
+    async with serve_routes(routes, host=host, port=port, flags="--port or --host") as bound:
         yield bound

@@ -91,12 +91,14 @@ class GatewayConfig:
         "of a whole answer, times the likeliest wanted and one, times choices; beyond it: 400",
     )
     connections_max: int = option(
-        4096, "limit on connections of clients; beyond it: 503, and the connection is closed"
+        4096,
+        "limit on connections of clients; beyond it the one that has waited longest for its client "
+        "is closed, or if all are served the new one, with 503",
     )
     connections_per_address_max: int = option(
         2048,
-        "limit on connections of one client address (a /64 of IPv6); beyond it: 429. Behind a "
-        "proxy, all clients have the proxy's address",
+        "the same for those of one client address (a /64 of IPv6), with 429. Behind a proxy, all "
+        "clients have the proxy's address",
     )
     header_timeout_s: float = option(
         20.0, "a connection is closed if the header of a request is not whole within this time"

@@ -8,11 +8,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gateway.connection_table import Refusal
 from gateway.rank_histogram import RankHistogram
 from gateway.session_state import FailureKind, SessionState
 from gateway.stream_session import StreamSession
 from gateway.vllm_metrics import VllmMetrics
+from shared.connection_table import Refusal
 from shared.metrics_endpoint import render_metrics
 from shared.types import SuspicionReason
 
@@ -31,7 +31,9 @@ class GatewayMetrics:
         self._registry = CollectorRegistry()
         self._requests = self._counter("requests", "HTTP requests answered", "endpoint", "status")
         self._refused = self._counter(
-            "connections_refused", "Connections refused because there are too many", "reason"
+            "connections_refused",
+            "Connections refused, or closed to make room for one (displaced): there are too many",
+            "reason",
         )
         self._timed_out = self._counter(
             "connection_timeouts", "Connections closed because their client sent nothing whole"
@@ -146,6 +148,9 @@ class GatewayMetrics:
 
     def on_connection_refused(self, refusal: Refusal) -> None:
         self._refused.labels(refusal.value).inc()
+
+    def on_connection_displaced(self) -> None:
+        self._refused.labels("displaced").inc()
 
     def on_connection_timeout(self) -> None:
         self._timed_out.inc()

@@ -22,7 +22,7 @@ from gateway.api.cross_origin import CrossOrigin
 from gateway.api.grammar_reader import GrammarReader
 from gateway.api.guided import GrammarLimits
 from gateway.api.http_app import HttpApp
-from gateway.api.http_listener import HttpListener, quiet_http_logger
+from gateway.api.http_listener import BACKLOG, client_listener, quiet_http_logger
 from gateway.api.request_admission import RequestAdmission
 from gateway.api.request_log import RequestLog
 from gateway.api.resumption import Resumption
@@ -31,7 +31,6 @@ from gateway.api_key_watch import ApiKeyWatch
 from gateway.cache_salt import CacheSalts
 from gateway.cluster_view import ClusterWatch
 from gateway.config import GatewayConfig
-from gateway.connection_table import ConnectionLimits
 from gateway.handover import hand_over
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
@@ -48,9 +47,11 @@ from gateway.tokenizer_loader import TokenizerOptions
 from gateway.vllm_metrics import VllmSources
 from shared.clock import Clock
 from shared.codec import pack
+from shared.connection_table import ConnectionLimits
 from shared.grammars.closed_schema import JSON_SPACE, NO_SPACE
 from shared.grammars.messages import GrammarBudget
 from shared.handshake import NAME_KEY_BYTES, Access, gateway_caller
+from shared.http_listener import HttpListener
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import GatewayRecord
@@ -174,7 +175,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             logprobs_max=config.logprobs_max,
             tracer=dependencies.tracer,
         )
-        http_listener = HttpListener(
+        http_listener = client_listener(
             ConnectionLimits(
                 connections_max=config.connections_max,
                 per_address_max=config.connections_per_address_max,
@@ -241,7 +242,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
         listeners = await _until_needed(dependencies)
         if listeners is not None:
             tls = certificate.context if certificate else None
-            await http_listener.start(runner, listeners.sockets(), tls)
+            await http_listener.start(runner, listeners.sockets(), tls, backlog=BACKLOG)
             leased.put(keys.gateway(name), pack(_record(name, listeners, config)))
             host, port = listeners.shared.getsockname()[:2]
             log.info("gateway_listening", host=host, port=port, instance=config.instance)

@@ -20,6 +20,8 @@ from shared.records import unpack_map
 from shared.store import Store
 from shared.types import Member
 
+_FLAGS = "--metrics-port or --metrics-host"
+
 
 @asynccontextmanager
 async def serve_http(
@@ -40,7 +42,7 @@ async def serve_http(
         web.get("/metrics", metrics_handler(metrics.registry, metrics.update)),
     ]
     async with (
-        serve_routes(routes, host=host, port=port) as bound,
+        serve_routes(routes, host=host, port=port, flags=_FLAGS) as bound,
         asyncio.TaskGroup() as tasks,
     ):
         follower = tasks.create_task(health.follow(store, keys))

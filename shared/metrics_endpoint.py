@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 
@@ -9,11 +10,21 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from shared.errors import ConfigError
+from shared.clock import SystemClock
+from shared.connection_table import ConnectionLimits
+from shared.http_listener import HttpListener
+from shared.listener import listen_on
 from shared.request_body import READ_BYTES
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_CONNECTIONS_MAX = 64
+_LIMITS = ConnectionLimits(
+    connections_max=_CONNECTIONS_MAX,
+    per_address_max=_CONNECTIONS_MAX,
+    header_timeout_s=10.0,
+    idle_timeout_s=90.0,  # longer than the usual pause between two scrapes
+)
 
 _OPEN_METRICS = "application/openmetrics-text"
 
@@ -46,20 +57,23 @@ def metrics_handler(registry: CollectorRegistry, update: Callable[[], Awaitable[
 
 @asynccontextmanager
 async def serve_routes(
-    routes: Iterable[web.AbstractRouteDef], *, host: str, port: int
+    routes: Iterable[web.AbstractRouteDef], *, host: str, port: int, flags: str
 ) -> AsyncIterator[int]:
-    """Serves while the body runs, and yields the port. Raises ConfigError if the port is taken."""
-    app = web.Application()
+    """Serves while the body runs, and yields the port. Who connects and does not ask takes no
+    descriptors that this process needs for its work. Raises ConfigError, which names the `flags`
+    that choose another address, if this one is taken."""
+    listener = HttpListener(_LIMITS, clock=SystemClock())
+    app = web.Application(middlewares=[listener.track_request])
     app.add_routes(list(routes))
     # Nobody reads a body here: it is not taken either.
     runner = web.AppRunner(app, access_log=None, read_bufsize=READ_BYTES, lingering_time=0.0)
+    opened = listen_on(host, port, flags=flags)
     await runner.setup()
+    sweeps = asyncio.create_task(listener.run())
     try:
-        site = web.TCPSite(runner, host, port)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-        yield runner.addresses[0][1]
+        await listener.start(runner, [opened], None, backlog=_CONNECTIONS_MAX)
+        yield int(opened.getsockname()[1])
     finally:
+        sweeps.cancel()
+        listener.stop()
         await runner.cleanup()

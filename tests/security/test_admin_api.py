@@ -10,9 +10,9 @@ import io
 import socket
 import stat
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
-import aiohttp
 import pytest
 import pytest_asyncio
 import structlog
@@ -22,7 +22,7 @@ from cli.up.options import UpOptions
 from cli.up.run_folder import RunFolder
 from cli.up.services import control_plane
 from control_plane.__main__ import open_admin_api
-from control_plane.admin import admin_server
+from control_plane.admin.admin_server import LIMITS
 from control_plane.admin.authentication import read_admin_token
 from control_plane.config import ControlPlaneConfig
 from shared.desired_state import DesiredState
@@ -176,32 +176,40 @@ async def ends(url: str, sent: bytes = b"") -> bytes:
         writer.close()
 
 
-async def test_who_connects_and_says_nothing_is_soon_gone(
-    client: AdminClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as hurried:
-        hurried.setattr(admin_server, "HEADER_TIMEOUT_S", 0.2)
+PATIENT = replace(LIMITS, connections_max=4, per_address_max=4, header_timeout_s=3600.0)
+
+
+async def test_who_connects_and_says_nothing_is_soon_gone(control: FakeControl) -> None:
+    hurried = replace(LIMITS, header_timeout_s=0.2)
+    async with admin_api(control, FakeClock(), limits=hurried) as client:
         assert await ends(client.url) == b""
         assert await ends(client.url, b"GET /v1/status HTTP/1.1\r\nHost: x\r\nX-Drop: ") == b""
-    assert (await client.get("/v1/status")).status == 200
+        assert (await client.get("/v1/status")).status == 200
 
 
-async def test_strangers_who_connect_are_few_and_a_full_house_empties(
-    client: AdminClient, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /v1/status HTTP/1.1\r\nHost: x\r\nX-Drop: ",
+        b"POST /v1/drain HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n{",
+    ],
+)
+async def test_strangers_who_stay_are_few_and_keep_nobody_out(
+    control: FakeControl, sent: bytes
 ) -> None:
-    monkeypatch.setattr(admin_server, "CONNECTIONS_MAX", 4)
-    monkeypatch.setattr(admin_server, "HEADER_TIMEOUT_S", 3600.0)
-    host, port = client.url.removeprefix("http://").split(":")
-    silent = [await asyncio.open_connection(host, int(port)) for _ in range(4)]
-    assert await ends(client.url) == b""
-    for _, writer in silent:
-        writer.close()
-    async with asyncio.timeout(30):
-        while True:
-            with contextlib.suppress(aiohttp.ClientError):
-                assert (await client.get("/v1/status")).status == 200
-                return
-            await asyncio.sleep(0.01)
+    async with admin_api(control, FakeClock(), limits=PATIENT) as client:
+        host, port = client.url.removeprefix("http://").split(":")
+        strangers = [await asyncio.open_connection(host, int(port)) for _ in range(20)]
+        for _, writer in strangers:
+            writer.write(sent)
+        for reader, _ in strangers[:16]:
+            with contextlib.suppress(ConnectionError):
+                async with asyncio.timeout(30):
+                    assert b"401" in (await reader.read() or b"401")
+        assert (await client.get("/v1/status")).status == 200
+        for _, writer in strangers:
+            writer.close()
 
 
 async def test_a_connection_is_for_one_request(client: AdminClient) -> None:
@@ -274,25 +282,25 @@ def test_up_makes_a_token_of_its_own_for_each_run_which_no_argument_shows(tmp_pa
 
 @pytest.mark.parametrize("sent", [b"", b"no HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
 async def test_nothing_stays_of_connections_that_have_ended(
-    client: AdminClient, sent: bytes, monkeypatch: pytest.MonkeyPatch
+    control: FakeControl, sent: bytes
 ) -> None:
     """Not for as long either as a silent one may last."""
-    monkeypatch.setattr(admin_server, "HEADER_TIMEOUT_S", 3600.0)
 
     def num_kept() -> int:
         gc.collect()
         return sum(type(each) is web.RequestHandler for each in gc.get_objects())
 
-    before, port = num_kept(), int(client.url.rpartition(":")[2])
-    for _ in range(50):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(sent)
-        writer.write_eof()
-        with contextlib.suppress(ConnectionError):
-            await reader.read()
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-    async with asyncio.timeout(60):
-        while num_kept() > before + 5:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+    async with admin_api(control, FakeClock(), limits=PATIENT) as client:
+        before, port = num_kept(), int(client.url.rpartition(":")[2])
+        for _ in range(50):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(sent)
+            writer.write_eof()
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+        async with asyncio.timeout(60):
+            while num_kept() > before + 5:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)

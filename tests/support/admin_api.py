@@ -12,12 +12,13 @@ from typing import Any
 import aiohttp
 
 from control_plane.admin.admin_app import AdminApp
-from control_plane.admin.admin_server import serving
+from control_plane.admin.admin_server import LIMITS, serving
 from control_plane.admin.client_figures import ClientFigures
 from control_plane.cluster_state import ClusterState
 from control_plane.desired_changes import Change, Refusal, change_desired
 from control_plane.healing import RebalanceProgress
 from control_plane.placement.topology import Floats
+from shared.connection_table import ConnectionLimits
 from shared.desired_state import DesiredState
 from shared.errors import StarfishError
 from shared.expert_map import ExpertMap
@@ -119,6 +120,7 @@ async def admin_api(
     gateways: Sequence[GatewayRecord] = (),
     *,
     can_kill: bool = False,
+    limits: ConnectionLimits = LIMITS,
 ) -> AsyncIterator[AdminClient]:
     async def known() -> list[GatewayRecord]:
         return list(gateways)
@@ -127,5 +129,5 @@ async def admin_api(
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     figures = ClientFigures(known)
     app = AdminApp(control, token=TOKEN, url=url, clock=clock, figures=figures, can_kill=can_kill)
-    async with serving(app, [listener]), aiohttp.ClientSession() as http:
+    async with serving(app, [listener], limits=limits), aiohttp.ClientSession() as http:
         yield AdminClient(url, http)

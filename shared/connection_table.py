@@ -1,5 +1,5 @@
-"""The connections of clients to one gateway: which new one is accepted, and which one has waited
-too long for its client. Decides only; the sockets are `http_listener`'s.
+"""The connections to an HTTP port: which new one is accepted, which one makes room for it, and
+which one has waited too long for its client. Decides only; the sockets are `http_listener`'s.
 
 | state    | meaning                            | ends after                                 |
 |----------|------------------------------------|--------------------------------------------|
@@ -7,11 +7,14 @@ too long for its client. Decides only; the sockets are `http_listener`'s.
 | SERVES   | a handler runs or the answer flows | no limit here: body and answer have theirs |
 | IDLES    | answered; nothing arrives          | `idle_timeout_s`                           |
 
-A connection begins in RECEIVES: who connects means to ask."""
+A connection begins in RECEIVES: who connects means to ask. One that is not served waits for its
+client, and who only waits keeps nobody out: where there is no room, the one that has waited longest
+makes it."""
 
 from __future__ import annotations
 
 import ipaddress
+from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NewType
@@ -54,23 +57,32 @@ class ConnectionTable:
         self._limits = limits
         self._connections: dict[ConnectionId, _Connection] = {}
         self._per_client: dict[str, int] = {}
+        self._waiting = _Waiting()
         self._last_id = 0
 
     def __len__(self) -> int:
         return len(self._connections)
 
+    def makes_room_for(self, address: str) -> ConnectionId | None:
+        """The connection that has to close before one of this address opens: of those that wait for
+        their client, of this address if it has as many as it may have, the one that has waited
+        longest. None if there is room, or if all are served."""
+        refusal, client = self._refusal_of(address)
+        if refusal is None:
+            return None
+        return self._waiting.oldest(client if refusal is Refusal.ADDRESS_FULL else None)
+
     def open(self, address: str, now: float) -> ConnectionId | Refusal:
-        client = client_of(address)
-        if len(self._connections) >= self._limits.connections_max:
-            return Refusal.FULL
-        if self._per_client.get(client, 0) >= self._limits.per_address_max:
-            return Refusal.ADDRESS_FULL
+        refusal, client = self._refusal_of(address)
+        if refusal is not None:
+            return refusal
         self._per_client[client] = self._per_client.get(client, 0) + 1
         self._last_id += 1
         connection = ConnectionId(self._last_id)
         self._connections[connection] = _Connection(
             client, _State.RECEIVES, now + self._limits.header_timeout_s, now
         )
+        self._waiting.add(connection, client)
         return connection
 
     def on_bytes(self, connection: ConnectionId, now: float) -> None:
@@ -79,9 +91,13 @@ class ConnectionTable:
         if known.state is _State.IDLES:
             known.state = _State.RECEIVES
             known.deadline = now + self._limits.header_timeout_s
+            self._waiting.remove(connection, known.client)  # it waits anew
+            self._waiting.add(connection, known.client)
 
     def on_request(self, connection: ConnectionId) -> None:
-        self._connections[connection].state = _State.SERVES
+        known = self._connections[connection]
+        known.state = _State.SERVES
+        self._waiting.remove(connection, known.client)
 
     def on_answer(self, connection: ConnectionId, now: float) -> None:
         """The handler has ended; its answer may still be on the way. Nothing happens if the
@@ -90,6 +106,7 @@ class ConnectionTable:
             known.state = _State.IDLES
             known.deadline = now + self._limits.idle_timeout_s
             known.unsent_bytes = 0
+            self._waiting.add(connection, known.client)
 
     def num_to_answer(self, now: float, *, silent_s: float) -> int:
         """Connections with a request that is not answered yet, or on which one may be on its way:
@@ -120,9 +137,45 @@ class ConnectionTable:
     def close(self, connection: ConnectionId) -> None:
         """Call it once for each opened connection."""
         client = self._connections.pop(connection).client
+        self._waiting.remove(connection, client)
         self._per_client[client] -= 1
         if not self._per_client[client]:
             del self._per_client[client]
+
+    def _refusal_of(self, address: str) -> tuple[Refusal | None, str]:
+        """And whom the address is counted for."""
+        client = client_of(address)
+        if self._per_client.get(client, 0) >= self._limits.per_address_max:
+            return Refusal.ADDRESS_FULL, client
+        is_full = len(self._connections) >= self._limits.connections_max
+        return (Refusal.FULL if is_full else None), client
+
+
+class _Waiting:
+    """Connections that wait for their client, the longest first: of all clients, and of each."""
+
+    def __init__(self) -> None:
+        self._all: OrderedDict[ConnectionId, None] = OrderedDict()
+        self._of_client: dict[str, OrderedDict[ConnectionId, None]] = {}
+
+    def add(self, connection: ConnectionId, client: str) -> None:
+        self._all[connection] = None
+        self._of_client.setdefault(client, OrderedDict())[connection] = None
+
+    def remove(self, connection: ConnectionId, client: str) -> None:
+        """Nothing happens if it does not wait."""
+        if connection not in self._all:
+            return
+        del self._all[connection]
+        of_client = self._of_client[client]
+        del of_client[connection]
+        if not of_client:
+            del self._of_client[client]
+
+    def oldest(self, client: str | None) -> ConnectionId | None:
+        """Of all clients, if `client` is None."""
+        waiting = self._all if client is None else self._of_client.get(client, ())
+        return next(iter(waiting), None)
 
 
 def client_of(address: str) -> str:

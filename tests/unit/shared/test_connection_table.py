@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.connection_table import (
+from shared.connection_table import (
     ConnectionId,
     ConnectionLimits,
     ConnectionTable,
@@ -108,3 +108,53 @@ def test_nothing_is_left_of_an_answer_without_unsent_bytes() -> None:
     connections.close(idle)
     connections.on_answer(idle, 0.0)
     assert len(connections) == 0
+
+
+def serve(connections: ConnectionTable, connection: ConnectionId) -> ConnectionId:
+    connections.on_request(connection)
+    return connection
+
+
+def test_there_is_nobody_to_go_while_there_is_room() -> None:
+    connections = table()
+    opened(connections)
+    assert connections.makes_room_for("10.0.0.1") is None
+
+
+def test_who_has_waited_longest_makes_room_for_whoever_comes() -> None:
+    connections = table(connections_max=3, per_address_max=3)
+    asked = serve(connections, opened(connections, "10.0.0.1"))
+    silent = opened(connections, "10.0.0.2")
+    opened(connections, "10.0.0.3")
+    assert connections.makes_room_for("10.0.0.4") == silent
+    connections.on_answer(asked, 1.0)
+    connections.close(silent)
+    opened(connections, "10.0.0.4")
+    for expected in ("10.0.0.3", "answered", "10.0.0.4"):
+        going = connections.makes_room_for("10.0.0.9")
+        assert going is not None
+        assert (going == asked) is (expected == "answered"), expected
+        connections.close(going)
+        serve(connections, opened(connections, "10.0.0.9"))
+    assert connections.makes_room_for("10.0.0.9") is None
+    assert connections.open("10.0.0.9", 0.0) is Refusal.ADDRESS_FULL
+
+
+def test_an_address_that_has_its_part_makes_room_itself() -> None:
+    connections = table(connections_max=10, per_address_max=2)
+    opened(connections, "10.0.0.1")
+    mine = [opened(connections, "10.0.0.2") for _ in range(2)]
+    assert connections.makes_room_for("10.0.0.2") == mine[0]
+    serve(connections, mine[0])
+    assert connections.makes_room_for("10.0.0.2") == mine[1]
+    serve(connections, mine[1])
+    assert connections.makes_room_for("10.0.0.2") is None
+
+
+def test_who_begins_another_request_waits_anew() -> None:
+    connections = table(connections_max=2, per_address_max=2)
+    first, second = (serve(connections, opened(connections)) for _ in range(2))
+    connections.on_answer(first, 1.0)
+    connections.on_answer(second, 2.0)
+    connections.on_bytes(first, 3.0)
+    assert connections.makes_room_for("10.0.0.1") == second
