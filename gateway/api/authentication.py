@@ -8,9 +8,9 @@ from aiohttp import web
 
 from gateway.api.request_context import require_context
 from gateway.api_keys import ANYBODY, ApiKey, KeySet
-from gateway.connection_table import client_of
 from gateway.metrics import GatewayMetrics
 from gateway.request_pacer import RequestPacer
+from shared.connection_table import client_of
 from shared.errors import RequestError, Unauthenticated
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
