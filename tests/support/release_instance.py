@@ -21,6 +21,7 @@ from shared.clock import SystemClock
 from shared.embedded_etcd import EmbeddedEtcd
 from shared.etcd_permissions import EtcdService
 from shared.keys import Keys
+from tests.support.authentication import client_session
 from tests.support.cluster import free_port
 from tests.support.etcd import flags_of
 
@@ -196,7 +197,7 @@ async def running_instance(
     etcd: EmbeddedEtcd, keys: Keys, model: Path, folder: Path, *, num_ranks: int
 ) -> AsyncIterator[ReleaseInstance]:
     timeout = aiohttp.ClientTimeout(total=WAIT_S)
-    async with aiohttp.ClientSession(timeout=timeout) as http:
+    async with client_session(timeout=timeout) as http:
         instance = ReleaseInstance(etcd, keys, model, folder, num_ranks, http)
         try:
             yield instance
