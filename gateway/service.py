@@ -37,7 +37,8 @@ from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
 from gateway.opening_pace import OpeningPace
-from gateway.preparation import GRAMMARS_RUNNING_MAX, Preparation
+from gateway.preparation import GRAMMAR_RESTS, GRAMMARS_RUNNING_MAX, Preparation
+from gateway.refusal_pace import RefusalPace
 from gateway.request_pacer import RequestPacer
 from gateway.routing_policy import routing_policy
 from gateway.served_model import ParserNames
@@ -147,7 +148,11 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             admission=RequestAdmission(
                 admission,
                 preparation,
-                Preparation(GRAMMARS_RUNNING_MAX),
+                Preparation(
+                    GRAMMARS_RUNNING_MAX,
+                    rests=GRAMMAR_RESTS,
+                    rests_for=lambda key: driver.serves_others(key.name),
+                ),
                 salts,
                 dependencies.clock,
             ),
@@ -157,7 +162,8 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
                 pacer,
                 metrics_need_key=config.metrics_need_key,
             ),
-            pace=OpeningPace(pacer, lambda: driver.is_congested),
+            pace=OpeningPace(pacer, lambda: driver.is_congested, driver.serves_others),
+            refusals=RefusalPace(driver.serves_others),
             request_log=RequestLog(dependencies.clock, access_log=config.access_log),
             clock=dependencies.clock,
             metrics=metrics,

@@ -49,6 +49,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
 from gateway.opening_pace import OpeningPace
 from gateway.prompt import Prompt
+from gateway.refusal_pace import RefusalPace
 from gateway.request_tag import RequestTag
 from gateway.served_model import ModelLimits, ServedModel
 from gateway.session_driver import SessionDriver
@@ -73,6 +74,7 @@ class HttpApp:
         admission: RequestAdmission,
         authenticator: Authenticator,
         pace: OpeningPace,
+        refusals: RefusalPace,
         request_log: RequestLog,
         clock: Clock,
         metrics: GatewayMetrics,
@@ -89,6 +91,7 @@ class HttpApp:
         self._admission = admission
         self._authenticator = authenticator
         self._pace = pace
+        self._refusals = refusals
         self._request_log = request_log
         self._clock = clock
         self._metrics = metrics
@@ -173,6 +176,9 @@ class HttpApp:
                 num_prompt_tokens=context.num_prompt_tokens,
                 num_generated=context.num_generated,
             )
+        # After what the error holds is gone, which may be a long body.
+        if 400 <= response.status < 500 and not self._health.draining:
+            await self._refusals.turn(context.line)
         return response
 
     def _problem(self, request: web.Request, error: StarfishError | web.HTTPException) -> HttpError:
