@@ -23,6 +23,7 @@ from gateway.api.grammar_reader import GrammarReader
 from gateway.api.guided import GrammarLimits
 from gateway.api.http_app import HttpApp
 from gateway.api.http_listener import HttpListener, quiet_http_logger
+from gateway.api.refusal_pace import RefusalPace
 from gateway.api.request_admission import RequestAdmission
 from gateway.api.request_log import RequestLog
 from gateway.api.resumption import Resumption
@@ -38,7 +39,6 @@ from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
 from gateway.opening_pace import OpeningPace
 from gateway.preparation import GRAMMAR_RESTS, GRAMMARS_RUNNING_MAX, Preparation
-from gateway.refusal_pace import RefusalPace
 from gateway.request_pacer import RequestPacer
 from gateway.routing_policy import routing_policy
 from gateway.served_model import ParserNames

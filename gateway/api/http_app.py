@@ -32,6 +32,7 @@ from gateway.api.job import Job
 from gateway.api.job_builder import JobBuilder
 from gateway.api.openai_responses.store import ResponseStore
 from gateway.api.rate_headers import RateHeaders
+from gateway.api.refusal_pace import RefusalPace
 from gateway.api.request_admission import RequestAdmission, num_choices
 from gateway.api.request_context import require_context
 from gateway.api.request_log import RequestLog, name_request
@@ -49,7 +50,6 @@ from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
 from gateway.opening_pace import OpeningPace
 from gateway.prompt import Prompt
-from gateway.refusal_pace import RefusalPace
 from gateway.request_tag import RequestTag
 from gateway.served_model import ModelLimits, ServedModel
 from gateway.session_driver import SessionDriver
@@ -91,7 +91,6 @@ class HttpApp:
         self._admission = admission
         self._authenticator = authenticator
         self._pace = pace
-        self._refusals = refusals
         self._request_log = request_log
         self._clock = clock
         self._metrics = metrics
@@ -103,7 +102,8 @@ class HttpApp:
         self._decoder = BodyDecoder(body_bytes_max)
         self._body_bytes_max = body_bytes_max
         self._cross_origin = cross_origin
-        self._traces = [RequestTraces(tracer).trace_request] if tracer is not None else []
+        traces = [RequestTraces(tracer).trace_request] if tracer is not None else []
+        self._around = [*traces, cross_origin.answer_preflight, refusals.hold_back]
 
     def build(self, *outer: Middleware) -> web.Application:
         """`outer` are middlewares around its own ones, the outermost first."""
@@ -111,8 +111,7 @@ class HttpApp:
             middlewares=[
                 *outer,
                 self._request_log.log_request,
-                *self._traces,
-                self._cross_origin.answer_preflight,
+                *self._around,
                 self._handle_errors,
                 self._authenticator.authenticate,
             ],
@@ -176,9 +175,6 @@ class HttpApp:
                 num_prompt_tokens=context.num_prompt_tokens,
                 num_generated=context.num_generated,
             )
-        # After what the error holds is gone, which may be a long body.
-        if 400 <= response.status < 500 and not self._health.draining:
-            await self._refusals.turn(context.line)
         return response
 
     def _problem(self, request: web.Request, error: StarfishError | web.HTTPException) -> HttpError:

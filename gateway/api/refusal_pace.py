@@ -6,6 +6,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from aiohttp import web
+
+from gateway.api.request_context import require_context
+from gateway.api.routes import Handler
 from gateway.client_pace import ClientPace
 
 INTERVAL_S = 0.01
@@ -24,6 +28,15 @@ class RefusalPace:
     def __init__(self, serves_others: Callable[[str], bool]) -> None:
         self._serves_others = serves_others
         self._pace = ClientPace(burst_s=BURST * INTERVAL_S)
+
+    @web.middleware
+    async def hold_back(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Around what turns errors into answers: what an error holds, such as a long body, is gone
+        when its answer waits."""
+        response = await handler(request)
+        if 400 <= response.status < 500:
+            await self.turn(require_context(request).line)
+        return response
 
     async def turn(self, client: str) -> None:
         """Returns when this client may be told of one more."""

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from gateway.refusal_pace import BURST, INTERVAL_S, WAIT_MAX_S, RefusalPace
+from gateway.api.refusal_pace import BURST, INTERVAL_S, WAIT_MAX_S, RefusalPace
 from tests.sim.sim_loop import SimLoop
 
 
