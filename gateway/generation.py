@@ -9,7 +9,7 @@ from types import TracebackType
 
 from gateway.choice_reader import ChoiceReader, Delta, PromptTask
 from gateway.detokenizer import TokenBytes
-from gateway.opening_pace import AT_ONCE
+from gateway.piece_pace import AT_ONCE
 from gateway.request_tag import NO_TAG, RequestTag
 from gateway.session_driver import SessionDriver
 from gateway.session_state import Failure, SessionFailed

@@ -37,7 +37,7 @@ from gateway.handover import hand_over
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
-from gateway.opening_pace import OpeningPace
+from gateway.piece_pace import PiecePace
 from gateway.preparation import GRAMMAR_RESTS, GRAMMARS_RUNNING_MAX, Preparation
 from gateway.request_pacer import RequestPacer
 from gateway.routing_policy import routing_policy
@@ -162,7 +162,7 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
                 pacer,
                 metrics_need_key=config.metrics_need_key,
             ),
-            pace=OpeningPace(pacer, lambda: driver.is_congested, driver.serves_others),
+            pace=PiecePace(pacer, lambda: driver.is_congested, driver.serves_others),
             refusals=RefusalPace(driver.serves_others),
             request_log=RequestLog(dependencies.clock, access_log=config.access_log),
             clock=dependencies.clock,

@@ -48,7 +48,7 @@ from gateway.generation import Generation
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
-from gateway.opening_pace import OpeningPace
+from gateway.piece_pace import PiecePace
 from gateway.prompt import Prompt
 from gateway.request_tag import RequestTag
 from gateway.served_model import ModelLimits, ServedModel
@@ -73,7 +73,7 @@ class HttpApp:
         driver: SessionDriver,
         admission: RequestAdmission,
         authenticator: Authenticator,
-        pace: OpeningPace,
+        pace: PiecePace,
         refusals: RefusalPace,
         request_log: RequestLog,
         clock: Clock,
@@ -323,7 +323,7 @@ class HttpApp:
         context = require_context(request)
         # Without keys, addresses take turns.
         waits_as = replace(context.key, name=context.line)
-        turn = partial(self._pace.next_turn, context.line)
+        turn = partial(self._pace.body_turn, context.line)
         decoded = await self._decoder.read(request, waits_as, cls, turn=turn)
         context.body_bytes = decoded.num_bytes
         context.body_digest = decoded.digest
@@ -382,7 +382,7 @@ class HttpApp:
             tasks=job.tasks,
             # What is parsed is read as it comes: at its end it would hold up the event loop.
             streaming=job.options.stream or job.is_parsed,
-            turn=partial(self._pace.turn, context.line),
+            turn=partial(self._pace.choices_turn, context.line),
             tag=RequestTag(request_id=context.id, endpoint=endpoint_of(request), span=context.span),
         )
         try:
