@@ -21,6 +21,17 @@ PassOn = Callable[[Delta], bool]
 """Gets a delta as soon as its tokens have come, and returns whether that was all to do with it."""
 
 
+_VALUES_PER_WEIGHT = 128
+
+
+def _weight(task: PromptTask) -> int:
+    """How many choices with little to tell a rank it takes as long to open: each value is packed
+    here and unpacked there."""
+    sampling = task.sampling
+    num_values = len(task.prompt) + len(sampling.logit_bias) + len(sampling.allowed_token_ids)
+    return 1 + (num_values + sum(map(len, sampling.bad_words))) // _VALUES_PER_WEIGHT
+
+
 class Generation:
     """A context manager: opens the sessions on entry, a few in each `turn`, and cancels them on
     exit."""
@@ -82,10 +93,13 @@ class Generation:
 
     async def __aenter__(self) -> Generation:
         try:
+            left = 0
             for index, task in enumerate(self._tasks):
-                if index % AT_ONCE == 0:
+                if left <= 0:
                     await self._turn(index == 0)
+                    left = AT_ONCE
                 self._open_choice(index, task)
+                left -= _weight(task)
         except BaseException:
             self._cancel()
             raise

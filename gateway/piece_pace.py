@@ -12,7 +12,7 @@ from gateway.client_pace import ClientPace
 from gateway.request_pacer import RequestPacer
 
 AT_ONCE = 8
-"""Choices: some tenths of a millisecond."""
+"""Choices with little to tell a rank: some tenths of a millisecond."""
 RESTS = 3.0
 """After a piece so many times what it has taken of the event loop passes before the same client's
 next one. Of choices, a rank takes about as long to read them."""

@@ -12,13 +12,13 @@ from gateway.api.request_context import require_context
 from gateway.api.routes import Handler
 from gateway.client_pace import ClientPace
 
-INTERVAL_S = 0.01
+INTERVAL_S = 0.02
 """Between two refusals of a client: to read and refuse a request takes some tenths of a
-millisecond."""
+millisecond, or more if its body is long."""
 BURST = 16
 """So many are not held back."""
-WAIT_MAX_S = 1.0
-"""What `Retry-After` says at least."""
+WAIT_MAX_S = 5.0
+"""So long a client waits that has some 250 refused requests under way."""
 
 
 class RefusalPace:
