@@ -18,7 +18,7 @@ RESTS = 3.0
 next one. Of choices, a rank takes about as long to read them."""
 _IN_ADVANCE_S = 0.002
 """Of a client's rests: a timer is a millisecond late."""
-_COST_MAX_S = 0.02
+_COST_MAX_S = 0.002
 """What a piece takes at most: if the measured time is longer, others have been busy."""
 _COST_FIRST_S = 0.001
 """Before any was measured."""
