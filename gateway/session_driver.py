@@ -135,6 +135,10 @@ class SessionDriver:
         """Whether a rank has not read much of what was sent to it."""
         return any(link.is_congested for link, _ in self._links.values())
 
+    def serves_others(self, client: str) -> bool:
+        """Whether a tenant with a name, other than this client, has sessions in flight."""
+        return any(tenant not in ("", client) for tenant in self._tenants.named)
+
     def live_ranks(self) -> list[Member]:
         return self._rank_chooser.live()
 
