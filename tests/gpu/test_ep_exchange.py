@@ -48,7 +48,7 @@ SMALL = (
 
 GPT_OSS = (
     *("num_hidden_layers=3", "hidden_size=320", "num_local_experts=16", "num_experts_per_tok=4"),
-    *("intermediate_size=64", "head_dim=64"),
+    *("intermediate_size=64", "head_dim=64", "vocab_size=4096"),
 )
 """Of rows that are filled up on their way."""
 
