@@ -36,7 +36,7 @@ from shared.grammars.messages import (
 from shared.grammars.sources import grammar_of
 
 COMPILE_NICENESS = 10
-"""Compiling must not take the cores from the steps of a CPU rank."""
+"""Added to this process's own: compiling must not take the cores from the steps of a CPU rank."""
 _STACK_BYTES = 64 << 20  # a deep grammar must run into the library's own limits first
 
 
@@ -147,7 +147,8 @@ class GrammarWorker:
 
 
 class _Thread:
-    """Runs what is put, in order. If one fails, the process ends: its parent starts another."""
+    """Runs what is put, in order, `nice` more than the process: less is for the privileged alone.
+    If one fails, the process ends: its parent starts another."""
 
     def __init__(self, nice: int = 0) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -159,7 +160,9 @@ class _Thread:
 
     def _run(self) -> None:
         try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+            if self._nice:
+                own = os.getpriority(os.PRIO_PROCESS, 0)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), own + self._nice)
             while True:
                 self._jobs.get()()
         except BaseException:  # noqa: BLE001 - also of the library: a panic
