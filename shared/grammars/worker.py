@@ -42,8 +42,7 @@ _STACK_BYTES = 64 << 20  # a deep grammar must run into the library's own limits
 
 def main() -> None:
     arguments = _parse()
-    limit = arguments.memory_mb << 20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit = _limit_memory(arguments.memory_mb << 20)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(_STACK_BYTES)
     with socket.socket(fileno=arguments.fd) as channel, contextlib.suppress(OSError):
@@ -59,6 +58,15 @@ def main() -> None:
         else:
             GrammarWorker(channel, compiler).run()
     os._exit(0)  # whatever is being compiled
+
+
+def _limit_memory(num_bytes: int) -> int:
+    """Of address space. Returns the limit, which is less where this process has a lower one: to
+    raise that is for the privileged alone."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return limit
 
 
 def _parse() -> argparse.Namespace:

@@ -1,12 +1,14 @@
-"""When another child is started, and when there is no more; and how nice a child's threads are."""
+"""When another child is started, and when there is no more; and that a child asks for nothing that
+its own process may not have: less niceness, more memory."""
 
 from __future__ import annotations
 
 import os
 import queue
+import resource
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,6 +139,25 @@ def test_a_child_of_a_nice_process_is_as_nice_and_serves() -> None:
         assert pid is not None
         levels = [os.getpriority(os.PRIO_PROCESS, int(t.name)) for t in _threads(pid)]
     assert sorted(set(levels)) == [own, min(own + COMPILE_NICENESS, 19)]
+
+
+def test_a_child_of_a_process_with_a_lower_limit_of_memory_keeps_it_and_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lower = (GrammarBudget().memory_mb - 1) << 20
+    real = child._command
+
+    def command(tokenizer: TokenizerFile, budget: GrammarBudget, fd: int) -> Sequence[str]:
+        under = f'ulimit -v {lower >> 10} && exec "$@"'
+        return ("sh", "-c", under, "sh", *real(tokenizer, budget, fd))
+
+    monkeypatch.setattr(child, "_command", command)
+    with watched() as seen:
+        seen.supervisor.start()
+        assert isinstance(seen.next(), Ready)
+        pid = seen.supervisor.pid
+        assert pid is not None
+        assert resource.prlimit(pid, resource.RLIMIT_AS) == (lower, lower)
 
 
 def _start_nicely(found: GrammarSupervisor, niceness: int) -> None:
