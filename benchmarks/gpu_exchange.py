@@ -176,15 +176,16 @@ class ExchangeRank:
             "generator": torch.Generator("cuda").manual_seed(rank),
             "device": "cuda",
         }
-        self.x_TH = torch.randint(-8, 9, (shape.tokens, shape.hidden), **draw).bfloat16()
+        row_size = self.exchange.row_size
+        self.x_TP = torch.randint(-8, 9, (shape.tokens, row_size), **draw).bfloat16()
         order_TS = torch.rand((shape.tokens, shape.slots), **draw).argsort(dim=1)
         self.slots_TK = order_TS[:, : shape.top_k].contiguous()
         self.weights_TK = torch.full((shape.tokens, shape.top_k), 0.125, device="cuda")
         first = rank * shape.slots_per_rank
         self.factor_S = factor(torch.arange(first, first + shape.slots_per_rank, device="cuda"))
         rows = shape.num_ranks * shape.tokens
-        self.wide_SMH = torch.zeros(
-            (shape.slots_per_rank, rows, shape.hidden), dtype=torch.bfloat16, device="cuda"
+        self.wide_SMP = torch.zeros(
+            (shape.slots_per_rank, rows, row_size), dtype=torch.bfloat16, device="cuda"
         )
 
     def run(self) -> dict[str, Any]:
@@ -243,18 +244,18 @@ class ExchangeRank:
     def _pair(self, *, multiply: bool) -> Any:
         from gpu_worker.cuda.kernels import scaled_rows
 
-        y_SMH, counts_S = self.exchange.dispatch(0, self.x_TH, self.slots_TK)
+        y_SMP, counts_S = self.exchange.dispatch(0, self.x_TP, self.slots_TK)
         if self.exchange.scales is not None:
-            wide_NH = self.wide_SMH.flatten(0, 1)
-            scaled_rows.dequantise(y_SMH, self.exchange.scales, counts_S, wide_NH)
-            y_SMH = self.wide_SMH
+            wide_NH = self.wide_SMP.flatten(0, 1)
+            scaled_rows.dequantise(y_SMP, self.exchange.scales, counts_S, wide_NH)
+            y_SMP = self.wide_SMP
         if multiply:
-            y_SMH = y_SMH * self.factor_S[:, None, None].bfloat16()
-        return self.exchange.combine(0, y_SMH, self.slots_TK, self.weights_TK)
+            y_SMP = y_SMP * self.factor_S[:, None, None].bfloat16()
+        return self.exchange.combine(0, y_SMP, self.slots_TK, self.weights_TK)
 
     def _expected(self) -> Any:
         factor_TK = factor(self.slots_TK).double() * self.weights_TK.double()
-        return (self.x_TH.double() * factor_TK.sum(dim=1, keepdim=True)).bfloat16()
+        return (self.x_TP.double() * factor_TK.sum(dim=1, keepdim=True)).bfloat16()
 
     def _time(self, graph: Any) -> float:
         import torch

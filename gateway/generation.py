@@ -9,7 +9,7 @@ from types import TracebackType
 
 from gateway.choice_reader import ChoiceReader, Delta, PromptTask
 from gateway.detokenizer import TokenBytes
-from gateway.opening_pace import AT_ONCE
+from gateway.piece_pace import AT_ONCE
 from gateway.request_tag import NO_TAG, RequestTag
 from gateway.session_driver import SessionDriver
 from gateway.session_state import Failure, SessionFailed
@@ -19,6 +19,17 @@ from shared.types import SessionId
 
 PassOn = Callable[[Delta], bool]
 """Gets a delta as soon as its tokens have come, and returns whether that was all to do with it."""
+
+
+_VALUES_PER_WEIGHT = 128
+
+
+def _weight(task: PromptTask) -> int:
+    """How many choices with little to tell a rank it takes as long to open: each value is packed
+    here and unpacked there."""
+    sampling = task.sampling
+    num_values = len(task.prompt) + len(sampling.logit_bias) + len(sampling.allowed_token_ids)
+    return 1 + (num_values + sum(map(len, sampling.bad_words))) // _VALUES_PER_WEIGHT
 
 
 class Generation:
@@ -82,10 +93,13 @@ class Generation:
 
     async def __aenter__(self) -> Generation:
         try:
+            left = 0
             for index, task in enumerate(self._tasks):
-                if index % AT_ONCE == 0:
+                if left <= 0:
                     await self._turn(index == 0)
+                    left = AT_ONCE
                 self._open_choice(index, task)
+                left -= _weight(task)
         except BaseException:
             self._cancel()
             raise

@@ -4,7 +4,7 @@ or, in turns of their own, grammars checked. `turn_queue` decides who is next.""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from gateway.api_keys import ApiKey
@@ -15,19 +15,34 @@ RUNNING_MAX = 4
 """Two threads tokenise; others render templates."""
 GRAMMARS_RUNNING_MAX = 2
 """One process checks them, one after the other."""
+GRAMMAR_RESTS = 3.0
+"""Between two checks of a client while others are served: what is checked, ranks compile too."""
+REST_MAX_S = 2.0
 WAITING_MAX = 256
 WAITING_BYTES_MAX = 64 << 20
 """Of bodies: what waits is kept in memory."""
 
 
-class Preparation:
-    """If it `rests`, so many times what a turn has taken passes before the next one."""
+def _for_everybody(key: ApiKey) -> bool:
+    return True
 
-    def __init__(self, running_max: int = RUNNING_MAX, *, rests: float = 0.0) -> None:
+
+class Preparation:
+    """If it `rests`, so many times what a turn has taken passes before the next one, if it
+    `rests_for` this client."""
+
+    def __init__(
+        self,
+        running_max: int = RUNNING_MAX,
+        *,
+        rests: float = 0.0,
+        rests_for: Callable[[ApiKey], bool] = _for_everybody,
+    ) -> None:
         self._queue = TurnQueue(
             running_max=running_max, waiting_max=WAITING_MAX, waiting_cost_max=WAITING_BYTES_MAX
         )
         self._rests = rests
+        self._rests_for = rests_for
         self._wakers: dict[Turn, asyncio.Event] = {}
 
     @property
@@ -49,8 +64,9 @@ class Preparation:
             began = loop.time()
             yield
         finally:
-            if self._rests and turn.is_granted:
-                loop.call_later(self._rests * (loop.time() - began), self._end, turn)
+            if self._rests and turn.is_granted and self._rests_for(key):
+                rest_s = min(self._rests * (loop.time() - began), REST_MAX_S)
+                loop.call_later(rest_s, self._end, turn)
             else:
                 self._end(turn)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shared.types import Epoch, Member, Step
@@ -25,6 +26,7 @@ class ProgressWatch:
 
     def __init__(self) -> None:
         self._ranks: dict[Member, _Progress] = {}
+        self._asked_at: dict[Member, tuple[Epoch, Step]] = {}  # the newest step of any rank then
 
     def on_report(self, member: Member, epoch: Epoch, step: Step, load: Load, now: float) -> None:
         """A rank's tokens or its answer to a probe have come."""
@@ -36,13 +38,27 @@ class ProgressWatch:
 
     def forget(self, member: Member) -> None:
         self._ranks.pop(member, None)
+        self._asked_at.pop(member, None)
+
+    def on_asked(self, members: Iterable[Member]) -> None:
+        """These have no probe to answer, or since a moment, in which others have answered theirs:
+        what is known of them may have been old."""
+        newest = max(((rank.epoch, rank.step) for rank in self._ranks.values()), default=None)
+        if newest is not None:
+            self._asked_at.update(dict.fromkeys(members, newest))
 
     def is_left_behind(self, member: Member) -> bool:
-        """Whether others have finished several steps of the same epoch since anything was heard of
-        it. They could not without it: it works, and only the way from there is cut."""
+        """Whether others have finished several steps of one epoch since it was asked, and since
+        anything was heard of it. They could not without it: it works, and only the way from there
+        is cut. What they did between its last word and the question says nothing: it may stand
+        still since then."""
         known = self._ranks.get(member)
-        return known is not None and any(
-            other.epoch == known.epoch and other.step >= known.step + _STEPS_AHEAD_MIN
+        if known is None:
+            return False
+        then = known.epoch, known.step
+        epoch, step = max(then, self._asked_at.get(member, then))
+        return known.epoch == epoch and any(
+            other.epoch == epoch and other.step >= step + _STEPS_AHEAD_MIN
             for other in self._ranks.values()
         )
 

@@ -23,6 +23,7 @@ from gateway.api.grammar_reader import GrammarReader
 from gateway.api.guided import GrammarLimits
 from gateway.api.http_app import HttpApp
 from gateway.api.http_listener import BACKLOG, client_listener, quiet_http_logger
+from gateway.api.refusal_pace import RefusalPace
 from gateway.api.request_admission import RequestAdmission
 from gateway.api.request_log import RequestLog
 from gateway.api.resumption import Resumption
@@ -35,8 +36,8 @@ from gateway.handover import hand_over
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
-from gateway.opening_pace import OpeningPace
-from gateway.preparation import GRAMMARS_RUNNING_MAX, Preparation
+from gateway.piece_pace import PiecePace
+from gateway.preparation import GRAMMAR_RESTS, GRAMMARS_RUNNING_MAX, Preparation
 from gateway.request_pacer import RequestPacer
 from gateway.routing_policy import routing_policy
 from gateway.served_model import ParserNames
@@ -148,7 +149,11 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
             admission=RequestAdmission(
                 admission,
                 preparation,
-                Preparation(GRAMMARS_RUNNING_MAX),
+                Preparation(
+                    GRAMMARS_RUNNING_MAX,
+                    rests=GRAMMAR_RESTS,
+                    rests_for=lambda key: driver.serves_others(key.name),
+                ),
                 salts,
                 dependencies.clock,
             ),
@@ -158,7 +163,8 @@ async def run_gateway(config: GatewayConfig, dependencies: GatewayDependencies) 
                 pacer,
                 metrics_need_key=config.metrics_need_key,
             ),
-            pace=OpeningPace(pacer, lambda: driver.is_congested),
+            pace=PiecePace(pacer, lambda: driver.is_congested, driver.serves_others),
+            refusals=RefusalPace(driver.serves_others),
             request_log=RequestLog(dependencies.clock, access_log=config.access_log),
             clock=dependencies.clock,
             metrics=metrics,

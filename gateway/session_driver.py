@@ -48,6 +48,8 @@ log = structlog.get_logger()
 PROBE_BUSY_S = 0.1
 PROBE_IDLE_S = 1.0
 SILENCE_S = 0.3
+ANSWERED_S = 1.5 * PROBE_BUSY_S
+"""By then whoever can has answered a probe, and one round of them has passed."""
 """A rank that leaves a probe unanswered for this long gets no new sessions and a suspicion."""
 LOGGED_MOVES_MAX = 64
 """Sessions that one log line names: thousands may move at once, and they must not wait for it."""
@@ -134,6 +136,10 @@ class SessionDriver:
     def is_congested(self) -> bool:
         """Whether a rank has not read much of what was sent to it."""
         return any(link.is_congested for link, _ in self._links.values())
+
+    def serves_others(self, client: str) -> bool:
+        """Whether a tenant with a name, other than this client, has sessions in flight."""
+        return any(tenant not in ("", client) for tenant in self._tenants.named)
 
     def live_ranks(self) -> list[Member]:
         return self._rank_chooser.live()
@@ -244,9 +250,14 @@ class SessionDriver:
                 self._tell_tenants()
             if self._clock.now() - before > interval_s + SILENCE_S / 2:
                 continue  # this process was paused: answers may be unread
+            asked: list[Member] = []
             for link, _ in list(self._links.values()):
-                if link.probe(PROBE_BUSY_S / 2) > SILENCE_S:
+                silent_s = link.probe(PROBE_BUSY_S / 2)
+                if silent_s > SILENCE_S:
                     self._on_silence(link)
+                elif silent_s < ANSWERED_S:
+                    asked.append(link.member)
+            self._progress.on_asked(asked)
             self._log_stragglers()
             for member in self.stalled_ranks(self._stall_timeout_s):
                 self._perform(self._table.on_standstill(member))

@@ -138,7 +138,8 @@ class RankConfig:
         0,
         "most sequences of one API key in a step while other keys have requests, for its weight, "
         "whose tokens the host draws (min_p, penalties, a bias, log-probabilities, guided "
-        "answers); 0: 4 on cards, no limit of its own on CPUs; -1: no limit",
+        "answers), and no more than a quarter of a step by what they have cost, but one; "
+        "0: 4 on cards, 64 on CPUs; -1: no limit",
     )
     running_max: int = option(
         64, "most sequences that decode at once; sessions moved from a dead rank may exceed it"

@@ -27,6 +27,8 @@ does not."""
 _TENANT_HOST_ROWS_OF_CARD = 4
 """The host takes some milliseconds to draw one token from a large vocabulary, and a step of a card
 some tens."""
+_TENANT_HOST_ROWS_OF_CPU = 64
+"""The host draws all: what they cost, which is learned, is the limit."""
 
 
 def tokens_max_of_exchange(
@@ -59,7 +61,8 @@ def with_step_sizes(
         step_tokens_max=step_tokens_max,
         prefill_chunk_tokens=config.prefill_chunk_tokens or min(chunk, step_tokens_max),
         mixed_prefill_tokens=config.mixed_prefill_tokens or mixed,
-        tenant_host_rows=config.tenant_host_rows or (_TENANT_HOST_ROWS_OF_CARD if on_card else -1),
+        tenant_host_rows=config.tenant_host_rows
+        or (_TENANT_HOST_ROWS_OF_CARD if on_card else _TENANT_HOST_ROWS_OF_CPU),
         tenant_step_tokens=config.tenant_step_tokens or (-1 if on_card else _TENANT_TOKENS_OF_CPU),
     )
     sized.check()

@@ -33,6 +33,7 @@ from gateway.api.job import Job
 from gateway.api.job_builder import JobBuilder
 from gateway.api.openai_responses.store import ResponseStore
 from gateway.api.rate_headers import RateHeaders
+from gateway.api.refusal_pace import RefusalPace
 from gateway.api.request_admission import RequestAdmission, num_choices
 from gateway.api.request_context import require_context
 from gateway.api.request_log import RequestLog, name_request
@@ -48,7 +49,7 @@ from gateway.generation import Generation
 from gateway.health import Health
 from gateway.metrics import GatewayMetrics
 from gateway.model_loader import ModelLoader
-from gateway.opening_pace import OpeningPace
+from gateway.piece_pace import PiecePace
 from gateway.prompt import Prompt
 from gateway.request_tag import RequestTag
 from gateway.served_model import ModelLimits, ServedModel
@@ -73,7 +74,8 @@ class HttpApp:
         driver: SessionDriver,
         admission: RequestAdmission,
         authenticator: Authenticator,
-        pace: OpeningPace,
+        pace: PiecePace,
+        refusals: RefusalPace,
         request_log: RequestLog,
         clock: Clock,
         metrics: GatewayMetrics,
@@ -101,7 +103,8 @@ class HttpApp:
         self._decoder = BodyDecoder(body_bytes_max)
         self._body_bytes_max = body_bytes_max
         self._cross_origin = cross_origin
-        self._traces = [RequestTraces(tracer).trace_request] if tracer is not None else []
+        traces = [RequestTraces(tracer).trace_request] if tracer is not None else []
+        self._around = [*traces, cross_origin.answer_preflight, refusals.hold_back]
 
     def build(self, *outer: Middleware) -> web.Application:
         """`outer` are middlewares around its own ones, the outermost first."""
@@ -109,8 +112,7 @@ class HttpApp:
             middlewares=[
                 *outer,
                 self._request_log.log_request,
-                *self._traces,
-                self._cross_origin.answer_preflight,
+                *self._around,
                 self._handle_errors,
                 self._authenticator.authenticate,
             ],
@@ -322,7 +324,7 @@ class HttpApp:
         context = require_context(request)
         # Without keys, addresses take turns.
         waits_as = msgspec.structs.replace(context.key, name=context.line)
-        turn = partial(self._pace.next_turn, context.line)
+        turn = partial(self._pace.body_turn, context.line)
         decoded = await self._decoder.read(request, waits_as, cls, turn=turn)
         context.body_bytes = decoded.num_bytes
         context.body_digest = decoded.digest
@@ -381,7 +383,7 @@ class HttpApp:
             tasks=job.tasks,
             # What is parsed is read as it comes: at its end it would hold up the event loop.
             streaming=job.options.stream or job.is_parsed,
-            turn=partial(self._pace.turn, context.line),
+            turn=partial(self._pace.choices_turn, context.line),
             tag=RequestTag(request_id=context.id, endpoint=endpoint_of(request), span=context.span),
         )
         try:

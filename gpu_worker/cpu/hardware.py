@@ -86,7 +86,7 @@ class CpuHardware:
                 endpoint, member, monitor, self._clock, deadline_ms, counter
             )
             exchanges.append(exchange)
-            return RunnerParts(CpuRunner(model, exchange, member.rank))
+            return RunnerParts(CpuRunner(model, exchange, member.rank, self._clock))
 
         def renew(next_member: Member) -> Hardware:
             while exchanges:

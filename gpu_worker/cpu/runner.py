@@ -5,6 +5,7 @@ from __future__ import annotations
 from gpu_worker.cpu.decoder import Decoder
 from gpu_worker.engine.step_runner import ModelRunner
 from gpu_worker.exchange.interface import Exchange
+from shared.clock import Clock
 from shared.expert_map import ExpertMap
 from shared.types import RankId, Step
 
@@ -12,8 +13,8 @@ from shared.types import RankId, Step
 class CpuRunner(ModelRunner):
     """Implements `engine.step_runner.StepRunner`."""
 
-    def __init__(self, model: Decoder, exchange: Exchange, rank: RankId) -> None:
-        super().__init__(model, exchange, model if model.spec.draft_layers else None)
+    def __init__(self, model: Decoder, exchange: Exchange, rank: RankId, clock: Clock) -> None:
+        super().__init__(model, exchange, model if model.spec.draft_layers else None, clock)
         self._on_demand = model.on_demand
         self._rank = rank
 

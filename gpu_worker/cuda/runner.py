@@ -179,7 +179,15 @@ class CudaRunner:
         if self._mask is not None and mask_R is not None:
             self._mask.check_step(mask_R)
         asleep = self._barrier_driver.commit(had_work=step_in_flight.has_work)
-        return StepResult(*_sampled(step_in_flight.plan, launched), any_work=not asleep)
+        plan, began = step_in_flight.plan, self._clock.now()
+        ids, scores = _sampled(plan, launched)
+        return StepResult(
+            ids,
+            scores,
+            any_work=not asleep,
+            num_drawn=sum(map(needs_logits, plan.draws)),
+            drawn_s=self._clock.now() - began,
+        )
 
     def _wait(self, launched: LaunchedStep) -> None:
         """A peer that dies or hangs delays the step. This rank goes on to report that it lives,

@@ -363,6 +363,11 @@ class Engine:
         self._monitor.beat(())
         committed = self._scheduler.commit(plan, result.ids, result.scores, result.drafts)
         self._steps_committed += 1
+        self._scheduler.learn_draws(
+            num_rows=result.num_drawn,
+            drawn_s=result.drawn_s,
+            step_s=self._monitor.timing.step_ms / 1000,
+        )
         self._tokens_generated += committed.num_generated
         self._tokens_drafted += committed.num_drafted
         self._drafts_accepted += committed.num_accepted

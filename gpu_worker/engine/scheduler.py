@@ -146,6 +146,10 @@ class Scheduler:
         """Blocks that were filled from replicas since the start."""
         return self._blocks.num_restored
 
+    def learn_draws(self, *, num_rows: int, drawn_s: float, step_s: float) -> None:
+        """See `DrawCosts.learn`."""
+        self._step_shares.draw_costs.learn(num_rows=num_rows, drawn_s=drawn_s, step_s=step_s)
+
     def load(self) -> Load:
         return Load(
             running=len(self._running),

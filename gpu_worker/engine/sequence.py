@@ -6,9 +6,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import NewType
 
-from gpu_worker.engine.draw import count_tokens, logit_bias_of
+from gpu_worker.engine.draw_state import DrawState
 from gpu_worker.engine.grammar_matcher import GrammarMatcher, TokenBitmask
-from gpu_worker.engine.token_limits import token_limits
 from shared.types import FinishReason, RankId
 from shared.wire import SessionTokens, Submit, TokenLogprob
 
@@ -32,6 +31,7 @@ class Sequence:
     then those generated here. The KV of the first `num_computed` of them is in the cache."""
 
     __slots__ = (
+        "_draw_state",
         "arrival",
         "arrived_at",
         "attempt",
@@ -39,7 +39,6 @@ class Sequence:
         "decoded_in",
         "drafts",
         "is_charged",
-        "logit_bias",
         "matcher",
         "num_cached",
         "num_charged",
@@ -60,8 +59,6 @@ class Sequence:
         "state",
         "stop_ids",
         "stream_key",
-        "token_counts",
-        "token_limits",
         "tokens",
         "tokens_max",
     )
@@ -90,11 +87,7 @@ class Sequence:
         self.num_emitted = submit.num_emitted
         self.num_prompt = self.num_given - self.num_emitted
         self.num_scored = 0  # prompt tokens, after the first, whose log-probability is sent
-        self.token_counts = count_tokens(
-            submit.sampling, self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
-        )
-        self.logit_bias = logit_bias_of(submit.sampling)
-        self.token_limits = token_limits(submit.sampling, self.tokens[self.num_prompt :])
+        self._draw_state: DrawState | None = None
         self.matcher: GrammarMatcher | None = None
         self.num_computed = 0
         self.block_names: list[bytes] = []  # of the full blocks of `tokens`, as far as requested
@@ -111,6 +104,15 @@ class Sequence:
         self.tokens_max = tokens_max
         eos = () if submit.sampling.ignore_eos else eos_token_ids
         self.stop_ids = tuple(sorted({*submit.sampling.stop_token_ids, *eos}))
+
+    @property
+    def draw_state(self) -> DrawState:
+        """Made when it is first asked for, in the step in which it begins to run: hundreds of
+        sequences may come between two steps, each with a thousand ids to make arrays of."""
+        if self._draw_state is None:
+            prompt, generated = self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
+            self._draw_state = DrawState.of(self.sampling, prompt, generated)
+        return self._draw_state
 
     def set_matcher(self, matcher: GrammarMatcher) -> None:
         """From now on `matcher` limits what may be drawn. It ends the text with an end token, which
@@ -145,25 +147,21 @@ class Sequence:
         they would end it too early. A grammar may allow nothing but the end, which is not banned
         then."""
         is_early = self._index_at(num_tokens) < self.sampling.min_tokens and self.matcher is None
-        banned = () if self.token_limits is None else self.token_limits.banned()
+        limits = self.draw_state.limits
+        banned = () if limits is None else limits.banned()
         return (*self.stop_ids, *banned) if is_early else banned
 
     @property
     def allowed(self) -> TokenBitmask | None:
         """The tokens that may come next; None: all."""
         by_grammar = None if self.matcher is None else self.matcher.allowed
-        if self.token_limits is None:
-            return by_grammar
-        return self.token_limits.allowed(by_grammar)
+        limits = self.draw_state.limits
+        return by_grammar if limits is None else limits.allowed(by_grammar)
 
     @property
     def depends_on_tokens(self) -> bool:
         """Whether what may come next depends on tokens that a step in flight samples."""
-        return (
-            self.matcher is not None
-            or self.token_counts is not None
-            or (self.token_limits is not None and self.token_limits.depends_on_tokens)
-        )
+        return self.matcher is not None or self.draw_state.depends_on_tokens
 
     def may_have_drafts_at(self, num_tokens: int) -> bool:
         """Whether, once it has so many tokens, a guess of the next one is of use: it generates more
@@ -195,11 +193,8 @@ class Sequence:
 
     def append(self, token: int) -> FinishReason | None:
         """Appends the next token; returns the reason if it is the last one."""
+        self.draw_state.add(token)  # before it is one of `tokens`, of which the state is made
         self.tokens.append(token)
-        if self.token_counts is not None:
-            self.token_counts.add(token)
-        if self.token_limits is not None:
-            self.token_limits.add(token)
         if token in self.stop_ids:
             return FinishReason.STOP
         finish = self.finish_if_full()

@@ -136,13 +136,14 @@ def depends_on_tokens(before: StepPlan) -> bool:
 
 
 def _draw(sequence: Sequence, num_tokens: int) -> Draw:
+    state = sequence.draw_state
     return Draw(
         sequence.sampling,
         num_tokens,
         sequence.banned_ids_at(num_tokens),
-        sequence.token_counts,
+        state.counts,
         sequence.allowed,
-        sequence.logit_bias,
+        state.bias,
     )
 
 

@@ -14,6 +14,7 @@ from gpu_worker.engine.step_batch import DraftModel, Model
 from gpu_worker.engine.step_plan import NO_DRAFTS, StepPlan
 from gpu_worker.exchange.graph_barrier_driver import GraphBarrierCallbacks, GraphBarrierDriver
 from gpu_worker.exchange.interface import Exchange
+from shared.clock import Clock
 from shared.expert_map import ExpertMap
 from shared.types import Epoch, Step
 
@@ -22,7 +23,8 @@ class StepResult(NamedTuple):
     """`ids[i]` is the token of the plan's sampled sequence i, or `sampler.NO_TOKEN`. `any_work` is
     false if all members sleep after this step. `drafts[i]` is a guess of what follows `ids[i]`.
     `all_may_adopt`: all know of the next map, and adopt it now; `all_pad`: they know, and do so
-    after one more step, without tokens. But for tokens and guesses it is the same on every rank."""
+    after one more step, without tokens. The host drew `num_drawn` tokens, all in `drawn_s`; 0 if
+    nobody counts that. But for these, tokens and guesses it is the same on every rank."""
 
     ids: list[int]
     scores: StepScores
@@ -30,6 +32,8 @@ class StepResult(NamedTuple):
     drafts: Mapping[int, int] = NO_DRAFTS
     all_may_adopt: bool = False
     all_pad: bool = False
+    num_drawn: int = 0
+    drawn_s: float = 0.0
 
 
 class StepRunner(Protocol):
@@ -112,11 +116,19 @@ class ModelRunner:
 
     counts_across_epochs = False
 
-    def __init__(self, model: Model, exchange: Exchange, drafts: DraftModel | None = None) -> None:
-        """`drafts` is the same model, if it has a layer that drafts; on every rank, or on none."""
+    def __init__(
+        self,
+        model: Model,
+        exchange: Exchange,
+        drafts: DraftModel | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """`drafts` is the same model, if it has a layer that drafts; on every rank, or on none.
+        `clock` measures the draws; None: nobody does."""
         self._model = model
         self._drafts = drafts
         self._exchange = exchange
+        self._clock = clock
         self._plan: StepPlan | None = None
 
     @property
@@ -162,8 +174,10 @@ class ModelRunner:
         plan, self._plan = self._plan, None
         assert plan is not None, "no step is in flight"
         forward = self._model.forward(plan.batch, self._exchange)
+        began = self._now()
         ids = sample(forward.logits_RV, plan.draws)
         scores = score_step(plan, forward.logits_RV, ids)
+        drawn_s = self._now() - began
         drafts: Mapping[int, int] = NO_DRAFTS
         if self._drafts is not None and forward.any_tokens:
             drafts = draft_step(self._drafts, self._exchange, plan, ids)
@@ -175,4 +189,9 @@ class ModelRunner:
             drafts,
             all_may_adopt=all_know and may_change,
             all_pad=all_know and not may_change,
+            num_drawn=len(plan.draws),
+            drawn_s=drawn_s,
         )
+
+    def _now(self) -> float:
+        return 0.0 if self._clock is None else self._clock.now()

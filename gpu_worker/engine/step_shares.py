@@ -8,8 +8,9 @@ many as the one that decodes least besides it. What it leaves is kept for it for
 that who asks for little has a short prompt computed at once. Its sequences take turns. A tenant
 that is alone is not limited.
 
-Where a card draws most tokens, those that the host draws one by one take as long as a whole step of
-the others: of these a tenant has at most `host_rows` a step for its weight, on the same terms."""
+Tokens that the host draws one by one may take as long as a whole step of the others: of these a
+tenant has at most `host_rows` a step for its weight, and no more than fit into a part of a step by
+what they have cost so far (`draw_costs`), on the same terms."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from gpu_worker.engine.draw import may_need_logits
+from gpu_worker.engine.draw_costs import DrawCosts
 from gpu_worker.engine.projected_state import ProjectedState
 from gpu_worker.engine.scheduler_limits import NO_LIMIT
 from gpu_worker.engine.sequence import Sequence
@@ -43,6 +45,8 @@ class StepShares:
     def __init__(self, tokens: int, *, host_rows: int = NO_LIMIT) -> None:
         self._tokens = tokens
         self._host_rows = host_rows
+        self.draw_costs = DrawCosts(host_rows)
+        """Told what the draws of each step have cost."""
         self._rows: Counter[str] = Counter()  # those that decode here, by tenant
         self._wanting: Counter[str] = Counter()  # those of them whose tokens the host draws
         self._drawn: Counter[str] = Counter()  # of these, and of prompts, in this step
@@ -107,7 +111,7 @@ class StepShares:
         if self._host_rows == NO_LIMIT or self._is_alone(tenant):
             return NO_LIMIT
         others = [self._wanting[other] for other in self._rows if other != tenant]
-        return max(1, int(self._host_rows * weight), min(others, default=0))
+        return max(self.draw_costs.rows(weight), min(others, default=0))
 
     def take_draw(self, sequence: Sequence) -> None:
         """Its next token is drawn in this step."""

@@ -6,12 +6,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from shared.clock import SystemClock
 from shared.grammars.child import ChildEnd, GrammarChild, TokenizerFile
 from shared.grammars.messages import GrammarBudget, Ready, Reply, Request, Unusable
 
-UNREADY_ENDS_MAX = 5
-"""After so many children in a row that never were ready, there is no more: no tokenizer, or not
-enough memory for it."""
+USELESS_ENDS_MAX = 5
+"""After so many children in a row that ended by themselves and neither answered nor lasted, there
+is no more: no tokenizer, not enough memory for it, or something here that none survives."""
+LASTS_S = 10.0
+"""A child that was ready for so long was of use, whether it was asked or not."""
 _BACKOFF_S = 0.05
 _BACKOFF_MAX_S = 2.0
 
@@ -40,7 +43,10 @@ class GrammarSupervisor:
         self._on_restart = on_restart
         self._on_unavailable = on_unavailable
         self._closed = threading.Event()
-        self._unready_ends = 0
+        self._clock = SystemClock()
+        self._useless_ends = 0
+        self._has_answered = False
+        self._ready_at: float | None = None  # the clock's seconds; None: not yet
         self._unusable: str | None = None
         self._child: GrammarChild | None = None
 
@@ -69,10 +75,12 @@ class GrammarSupervisor:
     def _take(self, reply: Reply) -> None:
         match reply:
             case Ready():
-                self._unready_ends = 0
+                self._ready_at = self._clock.now()
             case Unusable(error=error):
                 self._unusable = error
                 return
+            case _:
+                self._has_answered = True
         self._on_reply(reply)
 
     def _on_end(self, end: ChildEnd) -> None:
@@ -80,11 +88,12 @@ class GrammarSupervisor:
         self._child = None
         if self._closed.is_set():
             return
-        self._unready_ends += 1
-        if self._unusable is not None or self._unready_ends > UNREADY_ENDS_MAX:
+        self._useless_ends = 0 if self._was_of_use(end) else self._useless_ends + 1
+        self._has_answered, self._ready_at = False, None
+        if self._unusable is not None or self._useless_ends > USELESS_ENDS_MAX:
             self._on_unavailable(self._unusable or end.detail)
             return
-        delay_s = min(_BACKOFF_S * 2.0 ** (self._unready_ends - 1), _BACKOFF_MAX_S)
+        delay_s = min(_BACKOFF_S * 2.0 ** max(self._useless_ends - 1, 0), _BACKOFF_MAX_S)
         if self._closed.wait(delay_s):
             return
         try:
@@ -93,3 +102,10 @@ class GrammarSupervisor:
             self._on_unavailable(str(error))
             return
         self._on_restart(end)
+
+    def _was_of_use(self, end: ChildEnd) -> bool:
+        """A child that a job ended counts as one: whoever sends such jobs must not end grammars for
+        everyone."""
+        if self._has_answered or end.blamed is not None:
+            return True
+        return self._ready_at is not None and self._clock.now() - self._ready_at >= LASTS_S

@@ -36,14 +36,13 @@ from shared.grammars.messages import (
 from shared.grammars.sources import grammar_of
 
 COMPILE_NICENESS = 10
-"""Compiling must not take the cores from the steps of a CPU rank."""
+"""Added to this process's own: compiling must not take the cores from the steps of a CPU rank."""
 _STACK_BYTES = 64 << 20  # a deep grammar must run into the library's own limits first
 
 
 def main() -> None:
     arguments = _parse()
-    limit = arguments.memory_mb << 20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit = _limit_memory(arguments.memory_mb << 20)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(_STACK_BYTES)
     with socket.socket(fileno=arguments.fd) as channel, contextlib.suppress(OSError):
@@ -59,6 +58,15 @@ def main() -> None:
         else:
             GrammarWorker(channel, compiler).run()
     os._exit(0)  # whatever is being compiled
+
+
+def _limit_memory(num_bytes: int) -> int:
+    """Of address space. Returns the limit, which is less where this process has a lower one: to
+    raise that is for the privileged alone."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return limit
 
 
 def _parse() -> argparse.Namespace:
@@ -147,7 +155,8 @@ class GrammarWorker:
 
 
 class _Thread:
-    """Runs what is put, in order. If one fails, the process ends: its parent starts another."""
+    """Runs what is put, in order, `nice` more than the process: less is for the privileged alone.
+    If one fails, the process ends: its parent starts another."""
 
     def __init__(self, nice: int = 0) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -159,7 +168,9 @@ class _Thread:
 
     def _run(self) -> None:
         try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+            if self._nice:
+                own = os.getpriority(os.PRIO_PROCESS, 0)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), own + self._nice)
             while True:
                 self._jobs.get()()
         except BaseException:  # noqa: BLE001 - also of the library: a panic

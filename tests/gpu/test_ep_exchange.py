@@ -46,14 +46,26 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8"])
-def test_every_client_gets_the_undisturbed_tokens(form: str, tmp_path: Path) -> None:
+GPT_OSS = (
+    *("num_hidden_layers=3", "hidden_size=320", "num_local_experts=16", "num_experts_per_tok=4"),
+    *("intermediate_size=64", "head_dim=64", "vocab_size=4096"),
+)
+"""Of rows that are filled up on their way."""
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "form"),
+    [("qwen3_moe", SMALL, "bf16"), ("qwen3_moe", SMALL, "fp8"), ("gpt_oss", GPT_OSS, "bf16")],
+)
+def test_every_client_gets_the_undisturbed_tokens(
+    family: str, sizes: tuple[str, ...], form: str, tmp_path: Path
+) -> None:
     faults = ("--faults", "KILL:1", "STOP:1", "KILL:1")
     result = run(
         tmp_path / "out.json",
         "benchmarks.gpu_serve",
         *("--device", "cuda", "--seeded-dir", str(tmp_path / "model"), "--streams", "8"),
-        *("--config", *SMALL, *faults),
+        *("--family", family, "--config", *sizes, *faults),
         *("--rank-option", f"ep_dispatch={form}"),
     )
     assert [fault["fault"] for fault in result["faults"]] == ["KILL:1", "STOP:1", "KILL:1"]

@@ -14,7 +14,7 @@ from cli.evaluate.documents import read_documents
 from gpu_worker.model_tools.scoring import LocalScorer
 
 MODEL = Path(__file__).parents[2] / "models" / "starling-14m"
-NUM_DOCUMENTS = 16
+NUM_DOCUMENTS = 8
 
 
 @pytest.mark.timeout(300)

@@ -70,6 +70,8 @@ CARD_REGRESSION_SEEDS = {
     206535: "the last member was stopped for 0.4 s, and a verdict ended it",
     204209: "the checker took a verdict's second writing, with its map's epoch, for another death",
     204624: "the same",
+    730129: "a gateway took what others had stepped before it asked for steps without the rank",
+    **dict.fromkeys((920002, 920290), "the same: sessions moved from a rank that paused"),
     # Connections begin with a handshake now: the schedule is another one, so it may not be mended.
     438: "all ranks die one after another while maps follow each other, and no map forms again",
 }

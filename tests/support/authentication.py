@@ -55,10 +55,21 @@ def api_key() -> str:
     return os.environ.get(API_KEY_VARIABLE, "none")
 
 
+def secret_file() -> Path | None:
+    """None: control ports want none."""
+    path = os.environ.get(_SECRET_VARIABLES[0])
+    return None if path is None else Path(path)
+
+
+def secret_flags() -> list[str]:
+    """For `starfish` commands that ask ranks."""
+    path = secret_file()
+    return [] if path is None else ["--secret-file", str(path)]
+
+
 def access_to(instance: str) -> Access:
     """What a process of this instance needs at its control ports."""
-    path = os.environ.get(_SECRET_VARIABLES[0])
-    return Access(instance, read_secret(None if path is None else Path(path)))
+    return Access(instance, read_secret(secret_file()))
 
 
 def client_session(**options: Any) -> aiohttp.ClientSession:

@@ -21,6 +21,7 @@ from shared.clock import SystemClock
 from shared.embedded_etcd import EmbeddedEtcd
 from shared.etcd_permissions import EtcdService
 from shared.keys import Keys
+from tests.support.authentication import client_session, secret_file, secret_flags
 from tests.support.cluster import free_port
 from tests.support.etcd import flags_of
 
@@ -111,7 +112,9 @@ class ReleaseInstance:
 
     async def status(self) -> dict[str, Any]:
         """As `starfish status --json` of this tree has it, for the user that may do everything."""
-        target = Target(store=self.etcd.root, instance=self.keys.instance)
+        target = Target(
+            store=self.etcd.root, instance=self.keys.instance, secret_file=secret_file()
+        )
         status: dict[str, Any] = await read_status(target, SystemClock())
         return status
 
@@ -132,7 +135,7 @@ class ReleaseInstance:
         # As the user that may do everything.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "cli", *arguments),
-            *(*self.etcd.root.flags(), "--instance", self.keys.instance),
+            *(*self.etcd.root.flags(), "--instance", self.keys.instance, *secret_flags()),
             cwd=TREE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -196,7 +199,7 @@ async def running_instance(
     etcd: EmbeddedEtcd, keys: Keys, model: Path, folder: Path, *, num_ranks: int
 ) -> AsyncIterator[ReleaseInstance]:
     timeout = aiohttp.ClientTimeout(total=WAIT_S)
-    async with aiohttp.ClientSession(timeout=timeout) as http:
+    async with client_session(timeout=timeout) as http:
         instance = ReleaseInstance(etcd, keys, model, folder, num_ranks, http)
         try:
             yield instance

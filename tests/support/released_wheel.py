@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,6 +14,8 @@ TREE = Path(__file__).parents[2]
 _WHEELS = TREE / "tests" / "releases"
 _UNPACKED = TREE / "var" / "releases"
 """Kept from one run to the next, because its kernels are compiled there."""
+_KERNELS = Path("gpu_worker", "cpu", "kernels")
+_COMPILED_PACKAGES = (_KERNELS, Path("gpu_worker", "exchange"))
 _LOAD_KERNELS = """
 import sys
 from pathlib import Path
@@ -30,7 +35,30 @@ def unpacked_release() -> Path:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(partial)
         partial.rename(folder)
+        take_compiled_kernels(folder)
     return folder
+
+
+def take_compiled_kernels(release: Path) -> None:
+    """Those of modules that are the same here, which is most of them: to compile all anew takes a
+    minute. Numba keeps them by the path of their module, and believes them if the module's size and
+    time are those of when they were compiled. What is missing in the end is compiled."""
+    for kept in (TREE / _KERNELS / "__pycache__").glob("kernels-*"):
+        for package in _COMPILED_PACKAGES:
+            ours, theirs = TREE / package, release / package
+            target = release / _KERNELS / "__pycache__" / kept.name / _kept_name(theirs)
+            for module in theirs.glob("*.py"):
+                own = ours / module.name
+                if not own.is_file() or own.read_bytes() != module.read_bytes():
+                    continue
+                os.utime(module, ns=(own.stat().st_atime_ns, own.stat().st_mtime_ns))
+                target.mkdir(parents=True, exist_ok=True)
+                for compiled in (kept / _kept_name(ours)).glob(f"{module.stem}.*"):
+                    shutil.copy(compiled, target)
+
+
+def _kept_name(package: Path) -> str:
+    return f"{package.name}_{hashlib.sha1(str(package).encode()).hexdigest()}"
 
 
 def compile_kernels(release: Path, model: Path) -> None:

@@ -74,6 +74,9 @@ class ToyDriver:
         self._wakers[choice](session)
 
 
+DEFAULT_SAMPLING = SamplingParams(max_tokens=100)
+
+
 async def at_once(is_first: bool) -> None:
     pass
 
@@ -84,9 +87,10 @@ def generation(
     choices: int = 1,
     stops: tuple[str, ...] = (),
     turn: Callable[[bool], Awaitable[None]] = at_once,
+    sampling: SamplingParams = DEFAULT_SAMPLING,
+    prompt: tuple[int, ...] = (1, 2),
 ) -> Generation:
-    sampling = SamplingParams(max_tokens=100)
-    task = PromptTask(prompt=(1, 2), sampling=sampling, stops=stops)
+    task = PromptTask(prompt=prompt, sampling=sampling, stops=stops)
     return Generation(
         driver=cast("SessionDriver", driver),
         token_bytes=TOKEN_BYTES,
@@ -237,6 +241,28 @@ async def test_many_choices_are_opened_a_few_in_a_turn_and_tokens_may_come_meanw
         assert turns == [(True, 0), (False, 8), (False, 16)]
         (delta,) = await answer.next_deltas()
         assert (delta.choice, delta.token_ids) == (0, [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "prompt", "each_turn"),
+    [
+        (SamplingParams(logit_bias=tuple((n, 1.0) for n in range(1024))), (1, 2), 1),
+        (SamplingParams(bad_words=((1, 2, 3),) * 64), (1, 2), 4),
+        (SamplingParams(allowed_token_ids=tuple(range(4096))), (1, 2), 1),
+        (DEFAULT_SAMPLING, (1,) * 300, 3),
+    ],
+)
+async def test_choices_with_much_to_tell_a_rank_are_opened_fewer_in_a_turn(
+    sampling: SamplingParams, prompt: tuple[int, ...], each_turn: int
+) -> None:
+    driver, opened = ToyDriver(), list[int]()
+
+    async def turn(is_first: bool) -> None:
+        opened.append(len(driver.sessions))
+
+    async with generation(driver, choices=8, turn=turn, sampling=sampling, prompt=prompt):
+        assert opened == list(range(0, 8, each_turn))
+        assert len(driver.sessions) == 8
 
 
 async def test_a_client_that_leaves_before_all_are_open_leaves_none() -> None:

@@ -68,3 +68,27 @@ def test_a_rank_of_another_epoch_is_not_left_behind() -> None:
     assert not watch.is_left_behind(MEMBER)
     watch.forget(MEMBER)
     assert not watch.is_left_behind(MEMBER)
+
+
+def test_steps_from_before_the_question_tell_nothing() -> None:
+    """A rank that stands still since its last word, of which nothing was known for a while."""
+    watch = ProgressWatch()
+    report(watch, 7, BUSY, 0.0)
+    watch.on_asked([MEMBER])
+    report(watch, 56, BUSY, 1.0, member=OTHER)
+    assert watch.is_left_behind(MEMBER), "56 may be from before or after"
+    watch.on_asked([MEMBER])
+    assert not watch.is_left_behind(MEMBER)
+    report(watch, 58, BUSY, 1.2, member=OTHER)
+    assert not watch.is_left_behind(MEMBER)
+    report(watch, 59, BUSY, 1.3, member=OTHER)
+    assert watch.is_left_behind(MEMBER)
+
+
+def test_a_question_from_before_an_epoch_tells_nothing() -> None:
+    watch = ProgressWatch()
+    report(watch, 7, BUSY, 0.0)
+    report(watch, 8, BUSY, 0.0, epoch=2, member=OTHER)
+    watch.on_asked([MEMBER])
+    report(watch, 30, BUSY, 0.1, epoch=2, member=OTHER)
+    assert not watch.is_left_behind(MEMBER)

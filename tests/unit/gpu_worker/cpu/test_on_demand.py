@@ -11,6 +11,7 @@ import pytest
 from gpu_worker.checkpoint.checkpoint import INDEX_FILE
 from gpu_worker.cpu.runner import CpuRunner
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
+from shared.clock import SystemClock
 from shared.errors import CheckpointError
 from shared.types import EMPTY_SLOT, Epoch
 from tests.unit.gpu_worker.cpu.runs import (
@@ -48,7 +49,7 @@ def take_out(runs: list[RankRun], experts: set[int]) -> None:
     for run in runs:
         run.model.slots.load_all(new.placement[:, run.member.rank])
         run.monitor.epoch, run.expert_map, run.steps = new.epoch, new, 0
-        CpuRunner(run.model, run.exchange, run.member.rank).adopt(new)
+        CpuRunner(run.model, run.exchange, run.member.rank, SystemClock()).adopt(new)
 
 
 def logits(runs: list[RankRun]) -> list[np.ndarray]:

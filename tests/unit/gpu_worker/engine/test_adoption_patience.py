@@ -43,7 +43,7 @@ def test_who_leaves_waits_longer_than_the_others(patience: AdoptionPatience) -> 
 
 def test_nothing_waits_if_a_link_of_the_running_map_is_broken(patience: AdoptionPatience) -> None:
     """Also to one that the next map leaves out."""
-    stranger = replace(PEER, rank=7)
+    stranger = Member(rank=RankId(7), incarnation=PEER.incarnation)
     assert patience.until(planned(2, ME), {stranger}, NOW) == UNTIL
     patience.on_adopted(planned(2))
     assert patience.until(planned(3, ME), {PEER}, NOW) == 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from gpu_worker.engine.scheduler import Scheduler
@@ -118,7 +119,8 @@ def test_a_stream_without_a_key_or_a_token_ends_with_its_gateway() -> None:
 
 def test_log_probabilities_are_not_kept() -> None:
     engine = scheduler()
-    engine.submit(DEAD, replace(streamed(), sampling=replace(streamed().sampling, logprobs=0)))
+    sampling = msgspec.structs.replace(streamed().sampling, logprobs=0)
+    engine.submit(DEAD, replace(streamed(), sampling=sampling))
     plan = engine.plan()
     engine.commit(plan, [7] * len(plan.sampled))
     engine.orphan_origin(DEAD)

@@ -188,6 +188,23 @@ def test_where_a_card_draws_few_tokens_of_one_are_drawn_by_the_host_and_all_take
     assert {seen[f"hostile/{n}"] for n in range(4)} == {20}, "the card draws these"
 
 
+def test_what_drawn_tokens_have_cost_says_how_many_of_one_tenant_fit_and_all_take_turns() -> None:
+    engine = engine_of(tenant_step_tokens=NO_LIMIT, tenant_host_rows=64)
+    begin(engine, "other", 2)
+    begin_drawn(engine, "hostile", 20)
+    assert tokens(step(settled(engine))) == {"hostile": 20, "other": 2}
+    engine.learn_draws(num_rows=20, drawn_s=20 / 128, step_s=20 / 128 + 1 / 8)
+    seen: Counter[str] = Counter()
+    for _ in range(20):
+        plan = step(engine)
+        assert tokens(plan) == {"hostile": 4, "other": 2}, "1/128 s each, a quarter of 1/8 s"
+        seen.update(str(chunk.sequence.session) for chunk in plan.chunks)
+    assert {seen[f"hostile/drawn/{n}"] for n in range(20)} == {4}
+    engine.learn_draws(num_rows=1, drawn_s=100.0, step_s=100.1)
+    for _ in range(8):
+        assert tokens(step(engine)) == {"hostile": 1, "other": 2}, "one, so that nobody starves"
+
+
 def test_prompts_whose_first_token_the_host_draws_count_among_them() -> None:
     engine = engine_of(**CARD)
     begin(engine, "other", 2)
