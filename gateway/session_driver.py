@@ -48,9 +48,9 @@ log = structlog.get_logger()
 PROBE_BUSY_S = 0.1
 PROBE_IDLE_S = 1.0
 SILENCE_S = 0.3
+"""A rank that leaves a probe unanswered for this long gets no new sessions and a suspicion."""
 ANSWERED_S = 1.5 * PROBE_BUSY_S
 """By then whoever can has answered a probe, and one round of them has passed."""
-"""A rank that leaves a probe unanswered for this long gets no new sessions and a suspicion."""
 LOGGED_MOVES_MAX = 64
 """Sessions that one log line names: thousands may move at once, and they must not wait for it."""
 

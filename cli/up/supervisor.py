@@ -23,7 +23,7 @@ from shared.exit_codes import describe_exit
 from shared.logs import open_log
 
 _JITTER = (1.0, 1.5)
-_LOG_TAIL_BYTES = 64 << 10
+_LOG_TAIL_CHARACTERS = 64 << 10
 _CRASH = re.compile(r"\brank_crashed\b")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: |$)")  # the last line of a traceback
 _SHOWN_CHARACTERS_MAX = 200
@@ -189,15 +189,7 @@ class Supervisor:
         code = self._children[name].returncode
         if code is not None and code < 0:
             return f"{name} was {describe_exit(code)}"
-        try:
-            lines = (
-                self._log_file(name)
-                .read_bytes()[-_LOG_TAIL_BYTES:]
-                .decode(errors="replace")
-                .splitlines()
-            )
-        except OSError:
-            lines = []
+        lines = self._log_text(name)[-_LOG_TAIL_CHARACTERS:].splitlines()
         said = [line.strip() for line in lines if any(map(str.isalpha, line))]
         for line in reversed(said):
             if line.startswith("starfish ") and ": " in line:
@@ -207,28 +199,20 @@ class Supervisor:
     def startup_error(self, name: str) -> str | None:
         """The last message in which a rank's log says why it cannot start; None if there is
         none."""
-        try:
-            lines = self._log_file(name).read_bytes().decode(errors="replace")
-        except OSError:
-            return None
-        found = [line for line in lines.splitlines() if line.startswith("starfish rank: ")]
+        lines = self._log_text(name).splitlines()
+        found = [line for line in lines if line.startswith("starfish rank: ")]
         return found[-1].partition(": ")[2] if found else None
 
     def crashes(self, name: str) -> str | None:
         """How often a rank has crashed by what its log says, and with what the last time; None if
         it has not. Its agent starts it again, which may go on for ever."""
-        log_file = self._log_file(name)
-        try:
-            text = log_file.read_bytes().decode(errors="replace")
-        except OSError:
-            return None
-        *before, last = _CRASH.split(text)
+        *before, last = _CRASH.split(self._log_text(name))
         if not before:
             return None
         lines = last.splitlines()[1:]
         what = next((line for line in lines if _EXCEPTION.match(line)), "for an unknown reason")
         times = "once" if len(before) == 1 else f"{len(before)} times"
-        return f"{name} crashed {times}: {what[:_SHOWN_CHARACTERS_MAX]}; see {log_file}"
+        return f"{name} crashed {times}: {what[:_SHOWN_CHARACTERS_MAX]}; see {self._log_file(name)}"
 
     def preparation(self) -> str | None:
         """How much the agent's log says is prepared before the ranks start; None if all is."""
@@ -248,11 +232,15 @@ class Supervisor:
 
     def _last_match(self, name: str, pattern: re.Pattern[str]) -> re.Match[str] | None:
         """In the end of a child's log."""
+        found = [*pattern.finditer(self._log_text(name)[-_LOG_TAIL_CHARACTERS:])]
+        return found[-1] if found else None
+
+    def _log_text(self, name: str) -> str:
+        """Of a child; empty if there is none."""
         try:
-            text = self._log_file(name).read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+            return self._log_file(name).read_bytes().decode(errors="replace")
         except OSError:
-            return None
-        return max(pattern.finditer(text), key=re.Match.start, default=None)
+            return ""
 
     async def stop(self, *services: Service) -> None:
         """Sends all of them SIGTERM, then SIGKILL after their stop time. Returns when they have

@@ -8,15 +8,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import openai
 import pytest
 import pytest_asyncio
 from anthropic import beta_async_tool
 
 from tests.support.agent_model import write_agent_model
-from tests.support.authentication import api_key
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
+from tests.support.vendor_clients import anthropic_client, openai_client
 
 QUESTION = "Compare Vega and Mira."
 FOUND = "Vega is white, Mira 🌟 is crimson: white differs from crimson."
@@ -70,9 +69,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[GatewayHarness]:
 
 @pytest_asyncio.fixture
 async def gpt(harness: GatewayHarness) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=harness.url + "/v1", api_key=api_key(), max_retries=0
-    ) as client:
+    async with openai_client(harness) as client:
         yield client
 
 
@@ -99,9 +96,7 @@ async def test_an_item_that_is_not_remembered_is_a_404(gpt: openai.AsyncOpenAI) 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_agent_of_anthropics_client(harness: GatewayHarness, stream: bool) -> None:
     """It would rather have the conversation held, and sends it whole when that is refused."""
-    async with anthropic.AsyncAnthropic(
-        base_url=harness.url, api_key=api_key(), max_retries=0
-    ) as claude:
+    async with anthropic_client(harness) as claude:
         runner = claude.beta.messages.tool_runner(
             model=MODEL,
             max_tokens=2000,

@@ -21,6 +21,7 @@ from tests.support.authentication import api_key
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import EOS, VOCAB
+from tests.support.vendor_clients import anthropic_client, openai_client
 
 SAID = (
     '<think>hm\n</think>\n\nhi<tool_call>\n{"name": "grow", "arguments": {"arms": 5}}\n</tool_call>'
@@ -53,17 +54,13 @@ async def harness(model: Path, tokenizer: Tokenizer) -> AsyncIterator[GatewayHar
 
 @pytest_asyncio.fixture
 async def claude(harness: GatewayHarness) -> AsyncIterator[anthropic.AsyncAnthropic]:
-    async with anthropic.AsyncAnthropic(
-        base_url=harness.url, api_key=api_key(), max_retries=0
-    ) as client:
+    async with anthropic_client(harness) as client:
         yield client
 
 
 @pytest_asyncio.fixture
 async def gpt(harness: GatewayHarness) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=harness.url + "/v1", api_key=api_key(), max_retries=0
-    ) as client:
+    async with openai_client(harness) as client:
         yield client
 
 

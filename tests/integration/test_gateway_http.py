@@ -23,6 +23,7 @@ from tests.support.authentication import api_key
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import EOS, ToyRank, toy_tokens
+from tests.support.vendor_clients import openai_client
 
 PROMPT = [5, 6, 7]
 
@@ -348,9 +349,7 @@ async def test_the_blocking_openai_client_streams(
 
 
 async def test_the_openai_client_meets_its_own_error_classes(harness: GatewayHarness) -> None:
-    async with openai.AsyncOpenAI(
-        base_url=harness.url + "/v1", api_key=api_key(), max_retries=0
-    ) as client:
+    async with openai_client(harness) as client:
         with pytest.raises(openai.NotFoundError):
             await client.completions.create(model="other", prompt="x")
         with pytest.raises(openai.BadRequestError) as caught:

@@ -8,16 +8,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import pytest_asyncio
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from tokenizers import Tokenizer
 
-from tests.support.authentication import api_key
 from tests.support.gateway_harness import MODEL, GatewayHarness, running_gateway
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.toy_rank import EOS
+from tests.support.vendor_clients import openai_client
 
 TEMPLATE = """{%- if tools %}{{ '<tools>' + tools | tojson + '</tools>' }}{% endif %}
 {%- for m in messages %}{{ m.role + ':' + m.content + '\\n' }}{% endfor %}
@@ -70,10 +69,6 @@ def say(harness: GatewayHarness, tokenizer: Tokenizer, text: str) -> int:
     return len(ids)
 
 
-def client(harness: GatewayHarness) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=harness.url + "/v1", api_key=api_key(), max_retries=0)
-
-
 async def post(harness: GatewayHarness, **fields: Any) -> tuple[int, dict[str, Any], Any]:
     body = {"model": MODEL, "messages": MESSAGES, **fields}
     async with harness.http.post(harness.url + "/v1/chat/completions", json=body) as response:
@@ -84,7 +79,7 @@ async def test_an_answer_says_the_same_whole_and_streamed(
     harness: GatewayHarness, tokenizer: Tokenizer
 ) -> None:
     num_tokens = say(harness, tokenizer, TEXT)
-    async with client(harness) as api:
+    async with openai_client(harness) as api:
         create = api.chat.completions.create
         whole = await create(model=MODEL, messages=MESSAGES, tools=TOOLS, n=2)
         stream = await create(
@@ -238,7 +233,7 @@ async def test_a_call_goes_on_when_its_rank_dies(
     say(harness, tokenizer, TEXT)
     for rank in harness.ranks:
         rank.hold_at = len(tokenizer.encode(TEXT[: TEXT.index("Köln")]).ids)
-    async with client(harness) as api:
+    async with openai_client(harness) as api:
         stream = await api.chat.completions.create(
             model=MODEL, messages=MESSAGES, tools=TOOLS, stream=True
         )
