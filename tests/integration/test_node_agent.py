@@ -26,6 +26,7 @@ from shared.records import AgentRecord, ProcessView, RankRecord, Suspicion, unpa
 from shared.release import own_release
 from shared.types import NodeId, ProcessState, RankId, SuspicionReason
 from tests.support.etcd import flags_of
+from tests.support.processes import is_running
 
 TOY_AGENT = Path(__file__).parents[1] / "support" / "toy_agent.py"
 ROOT = Path(__file__).parents[2]
@@ -103,13 +104,6 @@ class Node:
 
     def alive(self) -> set[int]:
         return {pid for pid in self.pids if is_running(pid)}
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def stat_of(pid: int) -> list[str]:

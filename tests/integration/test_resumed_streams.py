@@ -16,12 +16,14 @@ import pytest_asyncio
 from examples.resume import stream
 from gpu_worker.model_tools.seeded_checkpoint import create_seeded_checkpoint
 from tests.support.cluster import Cluster, running_cluster
+from tests.support.processes import is_running
 
 pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.asyncio(loop_scope="module"),
 ]
 NUM_RANKS = 3
+NUM_GATEWAYS = 2
 NUM_TOKENS = 160
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
@@ -46,7 +48,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
     model = folder / "model"
     small = {"num_hidden_layers": 2, "hidden_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
     create_seeded_checkpoint(model, moe_intermediate_size=32, **small)
-    flags = ("--gateways", "2")
+    flags = ("--gateways", str(NUM_GATEWAYS))
     async with running_cluster(folder / "run", model, ranks=NUM_RANKS, flags=flags) as running:
         yield running
 
@@ -152,7 +154,14 @@ async def check(cluster: Cluster, victims: list[int]) -> None:
 
 
 async def pids_of_gateways(cluster: Cluster) -> list[int]:
-    return [gateway["pid"] for gateway in (await cluster.status())["gateways"]]
+    """Of both, once they run: one that was killed is listed until its lease ends."""
+    async with asyncio.timeout(30):
+        while True:
+            gateways = (await cluster.status())["gateways"]
+            pids = [gateway["pid"] for gateway in gateways if is_running(gateway["pid"])]
+            if len(pids) == NUM_GATEWAYS:
+                return pids
+            await asyncio.sleep(0.1)
 
 
 async def test_streams_outlive_both_gateways(cluster: Cluster) -> None:

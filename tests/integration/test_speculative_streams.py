@@ -54,8 +54,9 @@ async def run_streams(
 
 
 async def drafts(cluster: Cluster) -> tuple[int, int]:
-    """How many were verified, and how many of them were right."""
-    ranks = (await cluster.status())["ranks"]
+    """How many were verified, and how many of them were right. One that comes back does not answer
+    yet."""
+    ranks = [rank for rank in (await cluster.status())["ranks"] if rank["answers"]]
     return sum(r["tokens_drafted"] for r in ranks), sum(r["drafts_accepted"] for r in ranks)
 
 
