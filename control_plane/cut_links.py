@@ -15,6 +15,16 @@ _YOUNG = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _CutPair:
+    """`seconds`: for how long the one has been asked by the other, while both answered us without a
+    pause. `certainty`: at 1 they are cut off from each other."""
+
+    both: tuple[WatchedMember, WatchedMember]
+    seconds: float
+    certainty: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CutOff:
     """`blamed` is cut off from most others; `others` are those."""
 
@@ -36,17 +46,17 @@ def find_cut_off(
 ) -> CutOff | None:
     """None if all members that answer us hear each other, as far as they have asked."""
     pairs = list(_cut_pairs(members, attentive_s, timings, is_excused))
-    one, other, seconds = max(pairs, key=lambda pair: pair[2], default=(None, None, 0.0))
-    if one is None or other is None or seconds < timings.cut_off_s:
+    surest = max(pairs, key=lambda pair: pair.certainty, default=None)
+    if surest is None or surest.certainty < 1.0:
         return None
     # Of pairs that were cut at one moment we learn one after another: the younger ones tell, too.
-    counts = Counter(watched.member for pair in pairs for watched in pair[:2])
-    blamed = max((one, other), key=lambda w: (counts[w.member], w.member.rank))
-    mine = [(one, other) for one, other, _ in pairs if blamed in (one, other)]
+    counts = Counter(watched.member for pair in pairs for watched in pair.both)
+    blamed = max(surest.both, key=lambda w: (counts[w.member], w.member.rank))
+    mine = [pair.both for pair in pairs if blamed in pair.both]
     return CutOff(
         blamed=blamed,
         others=tuple(other if one is blamed else one for one, other in mine),
-        seconds=seconds,
+        seconds=surest.seconds,
     )
 
 
@@ -55,9 +65,8 @@ def _cut_pairs(
     attentive_s: float,
     timings: DetectorTimings,
     is_excused: Callable[[WatchedMember], bool],
-) -> Iterator[tuple[WatchedMember, WatchedMember, float]]:
-    """Each pair once, with the seconds for which the one was asked by the other, and both answered
-    us without a pause. A process that was paused is unheard by its peers, too, and by us."""
+) -> Iterator[_CutPair]:
+    """Each pair once. A process that was paused is unheard by its peers, too, and by us."""
     by_rank: dict[int, WatchedMember] = {watched.member.rank: watched for watched in members}
     seen: set[frozenset[int]] = set()
     for asker in members:
@@ -74,8 +83,12 @@ def _cut_pairs(
                 for w in both
             ):
                 continue
+            until = min(w.pong_attentive_s for w in both)
             since = max(since_attentive_s, *(w.answering_since_attentive_s for w in both))
-            seconds = min(w.pong_attentive_s for w in both) - since
-            if seconds >= timings.cut_off_s * _YOUNG:
+            prompt_since = max(since, *(w.prompt_since_attentive_s for w in both))
+            certainty = max(
+                (until - since) / timings.cut_off_slow_s, (until - prompt_since) / timings.cut_off_s
+            )
+            if certainty >= _YOUNG:
                 seen.add(pair)
-                yield asker, peer, seconds
+                yield _CutPair(both=both, seconds=until - since, certainty=certainty)

@@ -32,9 +32,15 @@ class DetectorTimings:
     # Members have waited for an accused member for this long, and no step has completed. Then all
     # begin together; a member dies only if after that no step completes for as long again.
     stuck_s: float = 2.5
-    # Two members that both answer us without a pause, and of which one does not hear the other for
-    # this long, are cut off from each other. TCP needs 0.2 s to send again what was lost.
-    cut_off_s: float = 0.4
+    # Two members that both answer us promptly, and of which one does not hear the other for this
+    # long, are cut off from each other. Questions follow one another every 20 ms, so that TCP sends
+    # at once again what was lost.
+    cut_off_s: float = 0.16
+    # Two signs of life that are further apart are not prompt. Less than half of the above, as both
+    # may have paused for so long.
+    prompt_gap_max_s: float = 0.06
+    # The same, if they answer us without a pause, if not promptly.
+    cut_off_slow_s: float = 0.4
     # Two signs of life that are further apart are not without a pause.
     answer_gap_max_s: float = 0.2
     # Time between two events beyond this is our own stall, and not attentive time.

@@ -44,10 +44,11 @@ from control_plane.common_silence import CommonSilence
 from control_plane.cut_links import find_cut_off
 from control_plane.detector_timings import DetectorTimings
 from control_plane.judgements import Alarm, AlarmKind, Judgement, Standstill
-from control_plane.silence import Rhythm, SilenceEvidence, patience_s
+from control_plane.silence import SilenceEvidence, patience_s
 from control_plane.standstill import StandstillWatch
 from control_plane.watched_member import ProbeState, WatchedMember
 from shared.records import ProcessView, Suspicion, Verdict
+from shared.rhythm import Rhythm
 from shared.types import (
     Epoch,
     Member,
@@ -224,6 +225,8 @@ class FailureDetector:
         gap_s = heartbeat_attentive_s - watched.heartbeat_attentive_s
         if gap_s > self._timings.answer_gap_max_s:
             watched.answering_since_attentive_s = heartbeat_attentive_s
+        if gap_s > self._timings.prompt_gap_max_s:
+            watched.prompt_since_attentive_s = heartbeat_attentive_s
         watched.heartbeat_attentive_s = max(watched.heartbeat_attentive_s, heartbeat_attentive_s)
         if (
             watched.suspected_attentive_s is not None

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from shared.config import LONGEST_ANNOUNCED_S, LONGEST_LEARNT_SILENCE_MS
 from shared.types import ProcessState
 
-_SPAN_S = 30.0
 _TIMES_USUAL = 3.0
 
 
@@ -78,28 +77,3 @@ def _unannounced_patience_s(evidence: SilenceEvidence, timings: SilenceTimings) 
     else:
         floor_s = timings.unseen_s
     return max(floor_s, min(_TIMES_USUAL * evidence.usual_s, timings.hung_s))
-
-
-class Rhythm:
-    """The slowest answer of any trusted member. Remembers each for 30 s at least, 60 s at most."""
-
-    def __init__(self, now: float) -> None:
-        self._began_at = now
-        self._longest_s = 0.0
-        self._longest_before_s = 0.0
-
-    def observe(self, answer_s: float, now: float) -> None:
-        """`answer_s`: how old a member's sign of life was when it was heard."""
-        self._roll(now)
-        self._longest_s = max(self._longest_s, answer_s)
-
-    def usual_s(self, now: float) -> float:
-        self._roll(now)
-        return max(self._longest_s, self._longest_before_s)
-
-    def _roll(self, now: float) -> None:
-        spans = int((now - self._began_at) / _SPAN_S)
-        if spans > 0:
-            self._longest_before_s = self._longest_s if spans == 1 else 0.0
-            self._longest_s = 0.0
-            self._began_at += spans * _SPAN_S

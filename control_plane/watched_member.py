@@ -47,6 +47,7 @@ class WatchedMember:
     waiting_for: frozenset[int] = frozenset()  # ranks, in its last Pong
     unheard: dict[int, float] = field(default_factory=dict)  # ranks, since when; in its last Pong
     answering_since_attentive_s: float = -inf  # without a pause
+    prompt_since_attentive_s: float = -inf  # without even a short one
 
     @property
     def is_never_probed(self) -> bool:

@@ -45,12 +45,19 @@ from shared.wire import Load, Pong, Submit, Tokens
 
 log = structlog.get_logger()
 
+LOOK_S = 0.025
+PROBE_SERVING_S = 0.025
+"""A rank that works for sessions of ours and says nothing for so long is probed."""
 PROBE_BUSY_S = 0.1
+"""The same for the others, while there are sessions."""
 PROBE_IDLE_S = 1.0
 SILENCE_S = 0.3
 """A rank that leaves a probe unanswered for this long gets no new sessions and a suspicion."""
 ANSWERED_S = 1.5 * PROBE_BUSY_S
-"""By then whoever can has answered a probe, and one round of them has passed."""
+"""By then whoever can has answered a probe, and one round of them has passed. Who has not may be
+out of reach."""
+OWN_PAUSE_S = 0.05
+"""Answers may be unread if this process has not looked for so long."""
 LOGGED_MOVES_MAX = 64
 """Sessions that one log line names: thousands may move at once, and they must not wait for it."""
 
@@ -242,25 +249,34 @@ class SessionDriver:
     async def run_probes(self) -> None:
         """Probes every rank at intervals, which are shorter while there are sessions."""
         while True:
-            interval_s = PROBE_BUSY_S if self._table.sessions else PROBE_IDLE_S
-            before = self._clock.now()
-            await asyncio.sleep(interval_s)
-            self._vacate_due()
-            if self._tenants.forget_gone():
-                self._tell_tenants()
-            if self._clock.now() - before > interval_s + SILENCE_S / 2:
-                continue  # this process was paused: answers may be unread
-            asked: list[Member] = []
-            for link, _ in list(self._links.values()):
-                silent_s = link.probe(PROBE_BUSY_S / 2)
-                if silent_s > SILENCE_S:
-                    self._on_silence(link)
-                elif silent_s < ANSWERED_S:
-                    asked.append(link.member)
-            self._progress.on_asked(asked)
-            self._log_stragglers()
-            for member in self.stalled_ranks(self._stall_timeout_s):
-                self._perform(self._table.on_standstill(member))
+            if not self._table.sessions:
+                await asyncio.sleep(PROBE_IDLE_S)
+                self._look_around()
+            for _ in range(round(PROBE_BUSY_S / LOOK_S)):
+                before = self._clock.now()
+                await asyncio.sleep(LOOK_S)
+                if self._clock.now() - before <= LOOK_S + OWN_PAUSE_S:
+                    self._probe_links()
+            self._look_around()
+
+    def _probe_links(self) -> None:
+        asked: list[Member] = []
+        for link, _ in list(self._links.values()):
+            is_serving = self._table.is_on(link.member)
+            silent_s = link.probe(PROBE_SERVING_S if is_serving else PROBE_BUSY_S)
+            if silent_s < ANSWERED_S:
+                asked.append(link.member)
+            else:
+                self._on_silence(link, silent_s)
+        self._progress.on_asked(asked)
+
+    def _look_around(self) -> None:
+        self._vacate_due()
+        if self._tenants.forget_gone():
+            self._tell_tenants()
+        self._log_stragglers()
+        for member in self.stalled_ranks(self._stall_timeout_s):
+            self._perform(self._table.on_standstill(member))
 
     def _tell_tenants(self) -> None:
         for link, _ in self._links.values():
@@ -349,10 +365,11 @@ class SessionDriver:
         self._rank_chooser.on_load(member, pong.load)
         self._progress.on_report(member, pong.epoch, pong.step, pong.load, self._clock.now())
 
-    def _on_silence(self, link: RankLink) -> None:
+    def _on_silence(self, link: RankLink, silent_s: float) -> None:
         """No verdict will come on a rank that others hear: its sessions go elsewhere at once."""
-        self._rank_chooser.on_silence(link.member, silent=True)
-        self._suspect(link.member, SuspicionReason.SILENCE, "a probe has no answer")
+        if silent_s > SILENCE_S:
+            self._rank_chooser.on_silence(link.member, silent=True)
+            self._suspect(link.member, SuspicionReason.SILENCE, "a probe has no answer")
         if self._progress.is_left_behind(link.member):
             log.warning("rank_unreachable", rank=link.member.rank)
             link.abort()

@@ -72,6 +72,10 @@ class SessionTable:
         """None if it has ended."""
         return self._sessions.get(session)
 
+    def is_on(self, member: Member) -> bool:
+        """Whether any session is on that rank."""
+        return bool(self._placed.get(member))
+
     def placed(self) -> Mapping[Member, Collection[StreamSession]]:
         """The sessions on each rank that has any."""
         return {member: sessions.values() for member, sessions in self._placed.items()}

@@ -235,7 +235,8 @@ class AnnouncedOperation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnheardPeer:
-    """A peer that was asked so long ago, over the sender's link to it, and has not answered."""
+    """A peer that was asked over the sender's link to it, and has not answered for so long beyond
+    what answers usually take."""
 
     rank: RankId
     for_ms: float

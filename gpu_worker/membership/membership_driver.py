@@ -103,7 +103,7 @@ class MembershipDriver:
         self._tasks = tasks
         self._is_registered = False  # etcd holds the own record, as far as the watch has shown
         self._suspicions = PeerSuspicions()
-        self._echoes = PeerEchoes()
+        self._echoes = PeerEchoes(clock.now())
         self._asking = asyncio.Event()
         self._links = LinkKeeper(
             member=membership.record.member,
@@ -112,7 +112,7 @@ class MembershipDriver:
             contact=self._announce_contact,
             opened=self._on_link_opened,
             broken=self._on_link_broken,
-            answered=self._echoes.on_answer,
+            answered=self._on_answered,
             tasks=tasks,
         )
 
@@ -239,9 +239,13 @@ class MembershipDriver:
         while True:
             await self._asking.wait()
             await asyncio.sleep(ECHOES_LOOK_S)
-            self._echoes.on_look(self._clock.now())
+            unheard = self._echoes.on_look(self._clock.now())
+            self._links.send(Ping(nonce=0), unheard)
             if not self._echoes.is_waiting:
                 self._asking.clear()
+
+    def _on_answered(self, peer: Member) -> None:
+        self._echoes.on_answer(peer, self._clock.now())
 
     async def _keep_lease(self) -> None:
         """The agent's lease first, and another one after each that is lost: a stalled etcd may

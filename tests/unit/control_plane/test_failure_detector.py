@@ -923,14 +923,36 @@ def pass_cut_off(
 
 
 def test_of_two_that_do_not_hear_each_other_one_is_dead(harness: DetectorHarness) -> None:
-    pass_cut_off(harness, TIMINGS.cut_off_s - 0.1, ((0, 2), (2, 0)))
+    pass_cut_off(harness, TIMINGS.cut_off_s, ((0, 2), (2, 0)))
     assert harness.dead == {}
     assert harness.detector.urgent
-    pass_cut_off(harness, 0.2, ((0, 2), (2, 0)), began_s=TIMINGS.cut_off_s - 0.1)
+    pass_cut_off(harness, 0.06, ((0, 2), (2, 0)), began_s=TIMINGS.cut_off_s)
     assert harness.dead == {2: SuspicionReason.LINK}
     (verdict,) = harness.news
     assert isinstance(verdict, Verdict)
     assert "0.1" in verdict.signals[0].detail
+
+
+@pytest.mark.parametrize("slow", [0, 2], ids=["who asks", "who is asked"])
+def test_one_that_answers_slowly_has_longer(harness: DetectorHarness, slow: int) -> None:
+    """It may not have run for as long as it was silent to us: so its peers do not hear it, too."""
+    others = tuple(rank for rank in range(4) if rank != slow)
+    for tick in range(round((TIMINGS.cut_off_slow_s - 0.02) / 0.02)):
+        answering = (0, 1, 2, 3) if tick % 5 == 0 else others
+        pass_cut_off(harness, 0.02, ((0, 2), (2, 0)), answering=answering, began_s=0.02 * tick)
+    assert harness.dead == {}
+    pass_cut_off(harness, 0.12, ((0, 2), (2, 0)), began_s=TIMINGS.cut_off_slow_s)
+    assert harness.dead == {2: SuspicionReason.LINK}
+
+
+def test_pauses_of_either_are_no_cut(harness: DetectorHarness) -> None:
+    """The one that asks and the one that is asked pause in turn, each so shortly that its answers
+    to us count as prompt; so the one does not hear the other for both times together."""
+    pause_s = TIMINGS.prompt_gap_max_s
+    for _ in range(5):
+        pass_cut_off(harness, 0.02, ((0, 2),), began_s=2 * pause_s)
+        harness.pass_time(0.1, 0, 1, 2, 3)
+    assert harness.dead == {}
 
 
 def test_one_way_is_enough(harness: DetectorHarness) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from control_plane.silence import Rhythm, SilenceEvidence, SilenceTimings, patience_s
+from control_plane.silence import SilenceEvidence, SilenceTimings, patience_s
 from shared.types import ProcessState
 
 TIMINGS = SilenceTimings()
@@ -76,14 +76,3 @@ def test_the_override_replaces_what_is_learnt() -> None:
     timings = SilenceTimings(override_s=4.0)
     assert patience_s(evidence(None), timings) == 4.0
     assert patience_s(evidence(STOPPED), timings) == TIMINGS.stopped_s
-
-
-def test_a_slow_answer_counts_for_half_a_minute_to_a_minute() -> None:
-    rhythm = Rhythm(now=100.0)
-    rhythm.observe(0.4, 101.0)
-    rhythm.observe(0.1, 102.0)
-    assert rhythm.usual_s(129.0) == 0.4
-    rhythm.observe(0.2, 131.0)
-    assert rhythm.usual_s(159.0) == 0.4
-    assert rhythm.usual_s(161.0) == 0.2
-    assert rhythm.usual_s(300.0) == 0.0
