@@ -12,6 +12,7 @@ from shared.keys import Keys
 from shared.records import (
     AgentRecord,
     InstanceSpec,
+    LeaderDoubt,
     LeaderRecord,
     ProcessView,
     RankRecord,
@@ -27,7 +28,8 @@ class ClusterState:
     """Never edited: every change of etcd leads to a new one with a higher `version`.
 
     `synced` says whether the first snapshot of the watch is in it. `revisions` holds the mod
-    revisions of the keys that transactions compare: leader, term, spec, desired, map, views. If
+    revisions of the keys that transactions compare: leader, term, spec, desired, map, views; and of
+    doubts about the leader, which are about the one in office when they were written. If
     etcd lost its data, `expert_map` is still the one that ranks run, and `is_map_stored` is False.
     `refused` are registered ranks with which this process cannot serve: `records` lacks them.
     """
@@ -48,6 +50,7 @@ class ClusterState:
     assignments: Mapping[Member, SlotContents] = field(default_factory=dict)
     verdicts: Mapping[Member, Verdict] = field(default_factory=dict)
     suspicions: Mapping[str, Suspicion] = field(default_factory=dict)  # by etcd key
+    leader_doubts: Mapping[Member, LeaderDoubt] = field(default_factory=dict)  # by whose they are
     views: Mapping[Member, ProcessView] = field(default_factory=dict)
     desired: DesiredState = DesiredState()
     agents: Mapping[NodeId, AgentRecord] = field(default_factory=dict)

@@ -253,6 +253,7 @@ class Driver:
             for event in await self._next_events():
                 self._handle_event(event)
             now = self._clock.now()
+            self._leadership.look_at_doubts()
             await self._begin_or_end_term(now)
             if self._leader_term is not None:
                 self._leader_term.on_tick(self._cluster.state, now)

@@ -1,7 +1,8 @@
 """Decides who leads: the leader key under a control plane's own lease. Pure; `leadership` does the
 I/O.
 
-Theory of operation. A transaction takes the key if it is absent, and writes the next term with it.
+Theory of operation. A transaction takes the key if it is absent, or if it is still that of a leader
+whom the ranks have lost (`leader_doubts`), and writes the next term with it.
 The holder acts only until shortly before its lease could expire, counted from the moment at which
 it asked for the last successful renewal. Every write also compares the key's revision, so this rule
 is not needed for safety; it only avoids writes that would fail.
@@ -11,6 +12,7 @@ is not needed for safety; it only avoids writes that would fail.
     no_lease  | begin, lease lost            | no_lease  | GrantLease, until granted
     no_lease  | granted                      | standby   | Campaign, if the key is absent
     standby   | key gone                     | standby   | Campaign
+    standby   | the ranks have lost who leads| standby   | Campaign against that key alone
     standby   | won                          | leading   |
     standby   | not won                      | standby   | Campaign after a backoff, if absent
     leading   | key gone, or another's       | standby   | Campaign, if absent
@@ -40,9 +42,10 @@ class RenewLease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Campaign:
-    """Take the key, if it is still absent."""
+    """Take the key, if it is still absent, or still the one of that revision."""
 
     lease_id: int
+    against_revision: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,7 @@ class Election:
         self._lease_id = 0
         self._renewed_at = 0.0
         self._key_revision: int | None = None  # None: not seen yet; 0: absent
+        self._lost_revision: int | None = None  # of a leader whom the ranks have lost
         self._campaigned_lease_id = 0
         self._campaign_at = 0.0
 
@@ -84,10 +88,12 @@ class Election:
 
     def _may_campaign(self, now: float) -> bool:
         return (
-            self.state is ElectionState.STANDBY
-            and self._key_revision == 0
-            and now >= self._campaign_at
+            self.state is ElectionState.STANDBY and self._is_key_free and now >= self._campaign_at
         )
+
+    @property
+    def _is_key_free(self) -> bool:
+        return self._key_revision is not None and self._key_revision in (0, self._lost_revision)
 
     def next_action(self, now: float) -> Action | None:
         if self.state is ElectionState.RESIGNED:
@@ -96,7 +102,7 @@ class Election:
             return GrantLease()
         if self._may_campaign(now):
             self._campaigned_lease_id = self._lease_id
-            return Campaign(lease_id=self._lease_id)
+            return Campaign(lease_id=self._lease_id, against_revision=self._key_revision or 0)
         if now >= self._renewed_at + self._ttl_s / 3:
             return RenewLease(lease_id=self._lease_id)
         return None
@@ -104,7 +110,7 @@ class Election:
     def next_action_in_s(self, now: float) -> float:
         """Seconds until `next_action` may return an action, if no event comes before."""
         due_at = self._renewed_at + self._ttl_s / 3
-        if self.state is ElectionState.STANDBY and self._key_revision == 0:
+        if self.state is ElectionState.STANDBY and self._is_key_free:
             due_at = min(due_at, self._campaign_at)
         return max(0.0, due_at - now)
 
@@ -130,6 +136,13 @@ class Election:
     def on_not_won(self, now: float) -> None:
         """Another control plane was faster, or the outcome is unknown; the watch will tell."""
         self._campaign_at = now + _CAMPAIGN_BACKOFF_S
+
+    def on_lost_leader(self, revision: int | None) -> bool:
+        """The ranks do not hear the leader whose key has that revision; None: they hear it. Whether
+        that is news."""
+        is_news = revision != self._lost_revision
+        self._lost_revision = revision
+        return is_news
 
     def on_key(self, name: str | None, revision: int) -> None:
         """The watch shows the key: the holder's name and the mod revision, or None and 0 if

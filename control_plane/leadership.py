@@ -13,10 +13,12 @@ from control_plane.election import (
     Action,
     Campaign,
     Election,
+    ElectionState,
     GrantLease,
     RenewLease,
     RevokeLease,
 )
+from control_plane.leader_doubts import lost_leader
 from control_plane.map_offers import first_epoch_of_next_term
 from control_plane.state_applier import StateApplier
 from shared.clock import Clock
@@ -78,6 +80,16 @@ class Leadership:
             self._election.on_key(name, state.revision_of(state.keys.leader))
         self._notified.set()
 
+    def look_at_doubts(self) -> None:
+        """To be called after every change of the state."""
+        state = self._cluster.state
+        revision = lost_leader(state)
+        if not self._election.on_lost_leader(revision):
+            return
+        if revision is not None and self._election.state is ElectionState.STANDBY:
+            log.warning("leader_unheard", leader=state.leader, doubts=len(state.leader_doubts))
+        self._notified.set()
+
     async def run(self) -> None:
         while True:
             self._notified.clear()
@@ -118,7 +130,7 @@ class Leadership:
                     if not election.may_act(asked_at):
                         await self._reread_leader()
                 case Campaign():
-                    await self._campaign(action.lease_id)
+                    await self._campaign(action.lease_id, action.against_revision)
                 case RevokeLease():
                     await self._store.revoke_lease(action.lease_id)
                     election.on_revoked()
@@ -144,7 +156,7 @@ class Leadership:
         self._cluster.apply(WatchEvent(key=key, value=value, mod_revision=revision))
         self.notify()
 
-    async def _campaign(self, lease_id: int) -> None:
+    async def _campaign(self, lease_id: int, against_revision: int) -> None:
         state = self._cluster.state
         keys = state.keys
         if (obstacle := cannot_lead(state)) is not None:
@@ -167,7 +179,7 @@ class Leadership:
         # The map is compared, because the first epoch must be beyond all that a former leader may
         # give to ranks itself (`map_offers`).
         compare = [
-            Compare(key=keys.leader, mod_revision=0),
+            Compare(key=keys.leader, mod_revision=against_revision),
             Compare(key=keys.term, mod_revision=state.revision_of(keys.term)),
             Compare(key=keys.map, mod_revision=state.revision_of(keys.map)),
         ]

@@ -14,6 +14,7 @@ from shared.keys import Keys
 from shared.records import (
     AgentRecord,
     InstanceSpec,
+    LeaderDoubt,
     LeaderRecord,
     ProcessView,
     RankRecord,
@@ -148,7 +149,7 @@ class _Update:
         self._changed["version"] = self._changed.get("version", self._state.version) + 1
         if entry.kind.is_table:
             self._table(entry.kind.field)[_index_of(key, entry.value)] = entry.value
-            if isinstance(entry.value, ProcessView):
+            if isinstance(entry.value, ProcessView | LeaderDoubt):
                 self._table("revisions")[key] = mod_revision
         else:
             self._changed[entry.kind.field] = entry.value
@@ -160,7 +161,7 @@ class _Update:
         self._changed["version"] = self._changed.get("version", self._state.version) + 1
         if entry.kind.is_table:
             self._table(entry.kind.field).pop(_index_of(key, entry.value), None)
-            if isinstance(entry.value, ProcessView):
+            if isinstance(entry.value, ProcessView | LeaderDoubt):
                 self._table("revisions").pop(key, None)
         else:
             self._changed[entry.kind.field] = _ABSENT.get(entry.kind.field)
@@ -204,6 +205,7 @@ class StateApplier:
             _Kind(keys.ranks, "records", lambda b: unpack_record(b, RankRecord)),
             _Kind(keys.residents, "residents", lambda b: unpack_record(b, SlotContents)),
             _Kind(keys.assignments, "assignments", lambda b: unpack_record(b, SlotContents)),
+            _Kind(keys.leader_doubts, "leader_doubts", lambda b: unpack_record(b, LeaderDoubt)),
             _Kind(keys.suspicions, "suspicions", lambda b: unpack_record(b, Suspicion)),
             _Kind(keys.views, "views", lambda b: unpack_record(b, ProcessView)),
             _Kind(keys.verdicts, "verdicts", lambda b: unpack_record(b, Verdict)),
@@ -248,6 +250,8 @@ class StateApplier:
             value = kind.decode(event.value)
             if isinstance(value, Suspicion):
                 _check_accuser(self.state.keys, key, value)
+            elif isinstance(value, LeaderDoubt):
+                _check_doubt(self.state.keys, key, value)
         except WireError as error:
             return [MalformedValue(key=key, error=str(error))]
         if isinstance(value, RankRecord) and not value.release.speaks_with(own_release()):
@@ -284,8 +288,21 @@ def _check_accuser(keys: Keys, key: str, suspicion: Suspicion) -> None:
         )
 
 
+def _check_doubt(keys: Keys, key: str, doubt: LeaderDoubt) -> None:
+    """Raises WireError if it speaks for another rank."""
+    if key != keys.leader_doubt(doubt.rank, doubt.incarnation):
+        raise WireError(f"it is not the doubt of {doubt.member}")
+
+
 def _index_of(
-    key: str, value: RankRecord | SlotContents | Suspicion | ProcessView | Verdict | AgentRecord
+    key: str,
+    value: RankRecord
+    | SlotContents
+    | Suspicion
+    | LeaderDoubt
+    | ProcessView
+    | Verdict
+    | AgentRecord,
 ) -> Member | NodeId | str:
     """Many may suspect one member, so suspicions are found by key."""
     if isinstance(value, AgentRecord):

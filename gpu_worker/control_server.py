@@ -109,7 +109,8 @@ class ControlServer:
     is registered or in the newest map: no other gets anything. `announced`, `unheard` and
     `left_out` are told in each Pong. For `orphan_s` seconds sessions go on after the connection of
     their gateway has broken. `offer_map` takes a map that a control plane hands over; it raises
-    WireError if that is none."""
+    WireError if that is none. `on_control_plane_ping` and `on_control_plane_gone`, with the name:
+    one has pinged; the last connection of one has ended."""
 
     def __init__(
         self,
@@ -122,6 +123,8 @@ class ControlServer:
         announced: Callable[[], tuple[AnnouncedOperation, ...]] = tuple,
         left_out: Callable[[], tuple[Member, ...]] = tuple,
         offer_map: Callable[[bytes], None] = lambda _: None,
+        on_control_plane_ping: Callable[[str], None] = lambda _: None,
+        on_control_plane_gone: Callable[[str], None] = lambda _: None,
         unheard: Callable[[], tuple[UnheardPeer, ...]] = tuple,
         replication: KvReplicaHost | None = None,
         orphan_s: float = 0.0,
@@ -136,6 +139,8 @@ class ControlServer:
         self._announced = announced
         self._left_out = left_out
         self._offer_map = offer_map
+        self._on_control_plane_ping = on_control_plane_ping
+        self._on_control_plane_gone = on_control_plane_gone
         self._unheard = unheard
         self._replication = replication
         self._orphan_s = orphan_s
@@ -143,7 +148,7 @@ class ControlServer:
         self._count_experts = count_experts
         self._origins = itertools.count(1)
         self._writers: dict[Origin, asyncio.StreamWriter] = {}  # of those let in
-        self._control_planes: set[Origin] = set()  # among these
+        self._control_planes: dict[Origin, str] = {}  # their names, among these
         self._strangers: dict[Origin, asyncio.StreamWriter] = {}  # oldest first
         self._server: asyncio.Server | None = None
         self._closed = False
@@ -213,7 +218,7 @@ class ControlServer:
         except ConnectionError:
             pass
         finally:
-            self._control_planes.discard(origin)
+            self._forget_control_plane(origin)
             if self._writers.pop(origin, None) is not None:
                 self._engine.orphan_origin(origin, self._orphan_s)
                 if self._reports is not None:
@@ -241,8 +246,13 @@ class ControlServer:
         self._writers[origin] = writer
         writer.write(encode(welcome))
         if caller.role is Role.CONTROL_PLANE:
-            self._control_planes.add(origin)
+            self._control_planes[origin] = caller.name
         return caller
+
+    def _forget_control_plane(self, origin: Origin) -> None:
+        name = self._control_planes.pop(origin, None)
+        if name is not None and name not in self._control_planes.values() and not self._closed:
+            self._on_control_plane_gone(name)
 
     def _log_refusal(self, detail: str) -> None:
         self._num_refused += 1
@@ -303,6 +313,8 @@ class ControlServer:
             case Ping():
                 if message.tenants is not None:
                     self._engine.on_tenants(origin, message.tenants)
+                if (name := self._control_planes.get(origin)) is not None:
+                    self._on_control_plane_ping(name)
                 return self._pong(message)
             case OpenRegion():
                 return self._open_region(message)

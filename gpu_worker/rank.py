@@ -134,6 +134,8 @@ class Rank:
             announced=announcements.current,
             left_out=lambda: self._membership.left_out,
             offer_map=lambda packed: self._membership.on_offered_map(packed),
+            on_control_plane_ping=lambda name: self._membership.on_control_plane_ping(name),
+            on_control_plane_gone=lambda name: self._membership.on_control_plane_gone(name),
             unheard=lambda: self._membership.unheard(),
             replication=replicas,
             orphan_s=config.orphan_s,

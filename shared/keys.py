@@ -108,6 +108,14 @@ class Keys:
         return self.suspicions_of(rank, incarnation, accuser) + by
 
     @property
+    def leader_doubts(self) -> str:
+        return self.suspicions_by(Accuser.RANK) + "leader/"
+
+    def leader_doubt(self, rank: RankId, incarnation: Incarnation) -> str:
+        """LeaderDoubt of that rank, under its lease."""
+        return f"{self.leader_doubts}{rank:05d}/{incarnation:08d}"
+
+    @property
     def views(self) -> str:
         return self.root + "views/"
 

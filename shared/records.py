@@ -192,6 +192,19 @@ class Suspicion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderDoubt:
+    """This rank does not hear the control plane of that name, which was the last to ping it."""
+
+    rank: RankId
+    incarnation: Incarnation
+    control_plane: str
+
+    @property
+    def member(self) -> Member:
+        return Member(rank=self.rank, incarnation=self.incarnation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessView:
     """What the kernel of a rank's host says of its process, told by the node agent while anybody
     suspects the rank, and whenever the process is stopped or continued.

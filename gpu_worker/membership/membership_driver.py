@@ -13,6 +13,8 @@ import structlog
 from gpu_worker.engine.engine_client import EngineClient
 from gpu_worker.engine.mailbox import Suspect
 from gpu_worker.membership.announcements import Announcements
+from gpu_worker.membership.leader_watch import LOOK_S as LEADER_LOOK_S
+from gpu_worker.membership.leader_watch import LeaderWatch
 from gpu_worker.membership.link_keeper import DataEndpoint, LinkKeeper
 from gpu_worker.membership.peer_echoes import LOOK_S as ECHOES_LOOK_S
 from gpu_worker.membership.peer_echoes import PeerEchoes
@@ -40,7 +42,15 @@ from shared.expert_map import ExpertMap, Placement
 from shared.handshake import Access
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
-from shared.records import RankRecord, SlotContents, Suspicion, Verdict, unpack_map, unpack_rank
+from shared.records import (
+    LeaderDoubt,
+    RankRecord,
+    SlotContents,
+    Suspicion,
+    Verdict,
+    unpack_map,
+    unpack_rank,
+)
 from shared.store import Store, WatchEvent
 from shared.types import Accuser, Epoch, Member, Operation, Step, SuspicionReason
 from shared.wire import GraphBarrierUpdate, Ping, UnheardPeer
@@ -105,6 +115,8 @@ class MembershipDriver:
         self._suspicions = PeerSuspicions()
         self._echoes = PeerEchoes(clock.now())
         self._asking = asyncio.Event()
+        self._leader_watch = LeaderWatch(clock.now())
+        self._unheard_leader: str | None = None  # as etcd holds it
         self._links = LinkKeeper(
             member=membership.record.member,
             access=access,
@@ -125,6 +137,7 @@ class MembershipDriver:
         self._tasks.create_task(self._sweep())
         self._tasks.create_task(self._withdraw_suspicions())
         self._tasks.create_task(self._watch_echoes())
+        self._tasks.create_task(self._watch_leader())
 
     def knows(self, member: Member) -> bool:
         """Whether it is registered, or in the newest map."""
@@ -145,6 +158,14 @@ class MembershipDriver:
     def unheard(self) -> tuple[UnheardPeer, ...]:
         """The peers that it waits for, and that do not answer its questions."""
         return self._echoes.unheard(self._clock.now())
+
+    def on_control_plane_ping(self, name: str) -> None:
+        self._leader_watch.on_ping(name, self._clock.now())
+        self._tell_of_leader()
+
+    def on_control_plane_gone(self, name: str) -> None:
+        self._leader_watch.on_closed(name)
+        self._tell_of_leader()
 
     def ask_to_leave(self) -> bool:
         """Asks to be drained. False if no other rank could take over."""
@@ -243,6 +264,28 @@ class MembershipDriver:
             self._links.send(Ping(nonce=0), unheard)
             if not self._echoes.is_waiting:
                 self._asking.clear()
+
+    async def _watch_leader(self) -> None:
+        """Never returns."""
+        while True:
+            await asyncio.sleep(LEADER_LOOK_S)
+            self._leader_watch.on_look(self._clock.now())
+            self._tell_of_leader()
+
+    def _tell_of_leader(self) -> None:
+        """Says in etcd that the leader is not heard, or no longer says so."""
+        unheard = self._leader_watch.unheard(self._clock.now())
+        if unheard == self._unheard_leader:
+            return
+        self._unheard_leader = unheard
+        me = self._membership.record.member
+        key = self._keys.leader_doubt(me.rank, me.incarnation)
+        if unheard is None:
+            self._leased.delete(key, urgent=False)
+            return
+        log.info("leader_unheard", control_plane=unheard)
+        doubt = LeaderDoubt(rank=me.rank, incarnation=me.incarnation, control_plane=unheard)
+        self._leased.put(key, pack(doubt))
 
     def _on_answered(self, peer: Member) -> None:
         self._echoes.on_answer(peer, self._clock.now())

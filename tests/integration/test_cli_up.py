@@ -417,9 +417,18 @@ async def leader_of(store: EtcdStore, keys: Keys) -> LeaderRecord | None:
     return unpack_record(found.value, LeaderRecord) if found else None
 
 
-async def test_a_killed_leader_is_succeeded_before_its_lease_would_expire(
+async def succeeded(store: EtcdStore, keys: Keys, former: LeaderRecord) -> LeaderRecord:
+    async with asyncio.timeout(50):
+        while (leader := await leader_of(store, keys)) in (None, former):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert leader is not None
+    return leader
+
+
+async def test_a_leader_that_stops_or_is_killed_is_succeeded_before_its_lease_would_expire(
     run_dir: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of one that stops its ranks say so, as of one whose host is lost."""
     monkeypatch.setenv("STARFISH_CONTROL_PLANE_LEADER_TTL_S", "60")
     process = await up(run_dir, free_port(), "--model", str(model))
     await started(process, run_dir)
@@ -428,12 +437,14 @@ async def test_a_killed_leader_is_succeeded_before_its_lease_would_expire(
     keys, store = Keys(run_dir.name), await connect_store(state.target().store)
     first = await leader_of(store, keys)
     assert first is not None
+    os.kill(first.pid, signal.SIGSTOP)
+    second = await succeeded(store, keys, first)
+    os.kill(first.pid, signal.SIGCONT)
     (victim,) = [line for line in processes_of(run_dir) if "gpu_worker --rank 1 " in line]
-    os.kill(first.pid, signal.SIGKILL)
+    os.kill(second.pid, signal.SIGKILL)
     os.kill(int(victim.split()[0]), signal.SIGKILL)
+    await succeeded(store, keys, second)
     async with asyncio.timeout(50):
-        while await leader_of(store, keys) in (None, first):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
         while not (await store.get_prefix(keys.verdicts)).values:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await store.close()

@@ -57,6 +57,26 @@ def test_a_held_key_is_left_alone_until_it_goes(election: Election) -> None:
     assert election.next_action(0.1) == Campaign(lease_id=7)
 
 
+def test_a_key_whose_holder_the_ranks_have_lost_is_campaigned_for_and_no_other(
+    election: Election,
+) -> None:
+    standby(election).on_key("b", 40)
+    assert election.on_lost_leader(40)
+    assert not election.on_lost_leader(40)
+    assert election.next_action(0.1) == Campaign(lease_id=7, against_revision=40)
+    election.on_not_won(0.1)
+    election.on_key("c", 41)
+    assert election.next_action(0.5) is None
+    assert election.on_lost_leader(None)
+    election.on_key("b", 40)
+    assert election.next_action(0.5) is None
+
+
+def test_a_leader_does_not_campaign_against_itself(election: Election) -> None:
+    leading(election).on_lost_leader(50)
+    assert election.next_action(0.1) is None
+
+
 def test_a_lost_campaign_is_retried_after_a_backoff_if_the_key_is_still_absent(
     election: Election,
 ) -> None:
