@@ -109,6 +109,7 @@ class Keys:
 
     @property
     def leader_doubts(self) -> str:
+        """What ranks say of the control plane that leads."""
         return self.suspicions_by(Accuser.RANK) + "leader/"
 
     def leader_doubt(self, rank: RankId, incarnation: Incarnation) -> str:
