@@ -14,7 +14,6 @@ from tests.sim.cluster import SimCluster, SimClusterSizes
 from tests.sim.faults import Faults
 from tests.sim.invariants import InvariantChecker
 from tests.sim.schedules import (
-    SETTLE_S,
     MapChecker,
     Outcome,
     check_sessions,
@@ -56,7 +55,7 @@ async def _run(cluster: SimCluster) -> Outcome:
                 tasks.create_task(faults.run())
         cluster.heal()
         await changes.end()
-        settle_s = SETTLE_S if cluster.sizes.cards is None else cluster.sizes.cards.settle_s
+        settle_s = cluster.sizes.settle_s
         await cluster.until(cluster.all_ended, settle_s)
 
         def as_asked() -> bool:

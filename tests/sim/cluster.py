@@ -59,6 +59,8 @@ ETCD = "etcd"
 ACCESS = Access("sim", b"a secret of thirty-two characters")
 LEASE_TTL_S = 5.0
 LOAD_TIME_CONSTANT_S = 2.0
+SETTLE_S = 20.0
+"""After the last fault: an expiry, its patience, and a formation."""
 SEEDS_PER_TENANTS = 4
 """In one schedule of so many, on CPUs, clients are of two tenants."""
 
@@ -81,6 +83,11 @@ class SimClusterSizes:
     def num_hosts(self) -> int:
         """Of ranks. No more ranks than these ever run."""
         return self.num_ranks + self.num_spare_hosts
+
+    @property
+    def settle_s(self) -> float:
+        """How long the instance may take to be whole and idle after the last fault."""
+        return SETTLE_S if self.cards is None else self.cards.settle_s
 
 
 @dataclass(slots=True)

@@ -11,7 +11,6 @@ from tests.sim.cluster import SimCluster
 from tests.sim.etcd_faults import EtcdFaults
 from tests.sim.faults import Faults
 from tests.sim.schedules import (
-    SETTLE_S,
     MapChecker,
     Outcome,
     check_sessions,
@@ -57,8 +56,8 @@ async def _run(cluster: SimCluster) -> Outcome:
 
 
 async def _settle(cluster: SimCluster) -> None:
-    await cluster.until(cluster.all_ended, SETTLE_S)
-    await cluster.until(cluster.all_live, SETTLE_S)
+    await cluster.until(cluster.all_ended, cluster.sizes.settle_s)
+    await cluster.until(cluster.all_live, cluster.sizes.settle_s)
 
 
 async def _recover_from_a_death(cluster: SimCluster) -> None:
@@ -69,4 +68,4 @@ async def _recover_from_a_death(cluster: SimCluster) -> None:
     def is_back() -> bool:
         return cluster.all_live() and cluster.agents[0].member != before[0]
 
-    await cluster.until(is_back, SETTLE_S)
+    await cluster.until(is_back, cluster.sizes.settle_s)

@@ -20,7 +20,6 @@ from tests.sim.faults import Faults
 from tests.sim.invariants import InvariantChecker
 from tests.sim.sim_loop import SimLoop
 
-SETTLE_S = 20.0  # after the last fault: an expiry, its patience, and a formation
 OUTAGE_DEADLINE_S = 10.0
 CARD_FIRST_SEED = 1 << 30
 
@@ -228,7 +227,7 @@ async def _run(cluster: SimCluster) -> Outcome:
             tasks.create_task(traffic(cluster, faults.within_s))
             tasks.create_task(faults.run())
         cluster.heal()
-        settle_s = SETTLE_S if cluster.sizes.cards is None else cluster.sizes.cards.settle_s
+        settle_s = cluster.sizes.settle_s
         await cluster.until(cluster.all_ended, settle_s)
         await cluster.until(cluster.all_live, settle_s)
         check_sessions(cluster)
