@@ -15,6 +15,10 @@ from shared.store import Store
 
 log = structlog.get_logger()
 
+ANSWER_MIN_S = 0.4
+ANSWER_MAX_S = 3.2
+"""What is written is sent again if it has no answer after this time, which doubles each time. With
+etcd's leader goes what was on its way to it, and nobody says so before two seconds have passed."""
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 0.5
 DEFERRED_WRITE_S = 0.2
@@ -71,16 +75,17 @@ class LeasedKeys:
 
     async def write(self) -> None:
         """Writes what was put or deleted, oldest first, under the present lease. Never returns."""
-        retry_s = RETRY_MIN_S
+        retry_s, answer_s = RETRY_MIN_S, ANSWER_MIN_S
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._dirty:
-                if await self._write(next(iter(self._dirty))):
-                    retry_s = RETRY_MIN_S
+                if await self._write(next(iter(self._dirty)), answer_s):
+                    retry_s, answer_s = RETRY_MIN_S, ANSWER_MIN_S
                 else:
                     await asyncio.sleep(retry_s * random.uniform(0.5, 1.5))
                     retry_s = min(retry_s * 2, RETRY_MAX_S)
+                    answer_s = min(answer_s * 2, ANSWER_MAX_S)
 
     async def keep_alive(self) -> None:
         """Refreshes the lease three times per TTL, and at once after `recheck_lease`. Returns when
@@ -132,19 +137,21 @@ class LeasedKeys:
         else:
             asyncio.get_running_loop().call_later(DEFERRED_WRITE_S, self._wake.set)
 
-    async def _write(self, key: str) -> bool:
+    async def _write(self, key: str, answer_s: float) -> bool:
         value, lease_id = self._values.get(key), self._lease_id
         assert lease_id, "`renew` comes before `write`"
         try:
-            if value is None:
-                await self._store.delete(key)
-            else:
-                await self._store.put(key, value, lease_id=lease_id)
+            async with asyncio.timeout(answer_s):
+                if value is None:
+                    await self._store.delete(key)
+                else:
+                    await self._store.put(key, value, lease_id=lease_id)
         except LeaseLost:
             self.recheck_lease()  # the next lease writes it again
             return False
-        except StoreError as error:
-            log.warning("put_failed", key=key, detail=str(error))
+        except (StoreError, TimeoutError) as error:
+            detail = str(error) or f"no answer within {answer_s:.1f} s"
+            log.warning("put_failed", key=key, detail=detail)
             return False
         if self._values.get(key) is value and self._lease_id == lease_id:
             self._dirty.pop(key, None)
