@@ -15,9 +15,10 @@ from shared.store import Store
 
 log = structlog.get_logger()
 
-ANSWER_MIN_S = 0.4
-ANSWER_MAX_S = 3.2
-"""What is written is sent again if it has no answer after this time, which doubles each time. With
+ANSWER_MIN_S = 0.3
+ANSWER_MAX_S = 3.0
+ANSWER_GROWTH = 1.5
+"""What is written is sent again if it has no answer after this time, which grows each time. With
 etcd's leader goes what was on its way to it, and nobody says so before two seconds have passed."""
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 0.5
@@ -85,7 +86,7 @@ class LeasedKeys:
                 else:
                     await asyncio.sleep(retry_s * random.uniform(0.5, 1.5))
                     retry_s = min(retry_s * 2, RETRY_MAX_S)
-                    answer_s = min(answer_s * 2, ANSWER_MAX_S)
+                    answer_s = min(answer_s * ANSWER_GROWTH, ANSWER_MAX_S)
 
     async def keep_alive(self) -> None:
         """Refreshes the lease three times per TTL, and at once after `recheck_lease`. Returns when

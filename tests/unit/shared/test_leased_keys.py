@@ -378,6 +378,6 @@ async def test_what_got_lost_on_its_way_is_sent_again() -> None:
     store.num_lost = 2
     leased.put("a", b"1")
     leased.put("b", b"2")
-    await asyncio.sleep(3 * ANSWER_MIN_S + RETRIED_S)
+    await asyncio.sleep(3 * ANSWER_MIN_S + 2 * RETRIED_S)
     assert {key: kv.value for key, kv in etcd.values.items()} == {"a": b"1", "b": b"2"}
     writing.cancel()
