@@ -37,7 +37,7 @@ define say
 endef
 
 .SILENT:
-.PHONY: help install up test lint unit security fuzz sim sim-long integration integration-authenticated clients soak test-page lock test-compose test-chart release-wheel clean system-packages
+.PHONY: help install up test lint unit security fuzz sim sim-long integration integration-authenticated clients soak test-page lock test-compose test-cuda-image test-chart release-wheel clean system-packages
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-26s %s\n", $$1, $$2}'
@@ -125,6 +125,10 @@ lock: install ## Renew requirements/*.lock, from which the images install
 test-compose: install ## The containers on a real engine of its own (root; FORMS="host cluster", KEEP=folder for its layers)
 	$(call say,containers)
 	tests/compose/run.sh $(BIN)
+
+test-cuda-image: ## The CUDA image, built and tried without a card on a real engine of its own (root; KEEP=folder for its layers)
+	$(call say,CUDA image)
+	tests/compose/cuda_image.sh
 
 test-chart: $(STAMPS)/package $(STAMPS)/helm ## The chart on a real API server (KUBE_BIN=folder of kube-apiserver, -controller-manager, -scheduler)
 	$(call say,chart)
