@@ -144,6 +144,7 @@ async def test_what_cannot_be_is_refused_and_says_what_would_be_needed(
         ("/v1/scale", {"remove": [1], "node": "a"}, "node is for ranks that come"),
         ("/v1/scale", {"ranks": 0}, "`$.ranks`"),
         ("/v1/restart", {"rolling": False}, "rolling"),
+        ("/v1/restart", {"stop": True, "ranks": [1]}, "leave ranks out"),
         ("/v1/pause", {"request_id": "a b"}, "`$.request_id`"),
         ("/scale_elastic_ep", {}, "new_data_parallel_size"),
         ("/scale_elastic_ep", {"new_data_parallel_size": 0}, "new_data_parallel_size"),
