@@ -13,10 +13,10 @@ from aiohttp import web
 from node_agent.metrics import AgentMetrics
 from node_agent.node_health import node_report
 from node_agent.rank_supervisor import RankSupervisor
+from node_agent.serving_view import ServingView
 from shared.changes import changes
 from shared.keys import Keys
 from shared.metrics_endpoint import metrics_handler, serve_routes
-from shared.records import unpack_map
 from shared.store import Store
 from shared.types import Member
 
@@ -34,7 +34,7 @@ async def serve_http(
     port: int,
 ) -> AsyncIterator[int]:
     """Serves while the body runs, and yields the port. Raises ConfigError if it is taken."""
-    health = _NodeHealth(supervisor)
+    health = _NodeHealth(supervisor, keys)
     routes = [
         web.get("/health", health.show_ready),
         web.get("/health/ready", health.show_ready),
@@ -45,25 +45,29 @@ async def serve_http(
         serve_routes(routes, host=host, port=port, flags=_FLAGS) as bound,
         asyncio.TaskGroup() as tasks,
     ):
-        follower = tasks.create_task(health.follow(store, keys))
+        followers = [
+            tasks.create_task(health.follow(store, key)) for key in (keys.map, keys.desired)
+        ]
         yield bound
-        follower.cancel()
+        for follower in followers:
+            follower.cancel()
 
 
 class _NodeHealth:
-    def __init__(self, supervisor: RankSupervisor) -> None:
+    def __init__(self, supervisor: RankSupervisor, keys: Keys) -> None:
         self._supervisor = supervisor
-        self._members: tuple[Member, ...] | None = None
+        self._view = ServingView(keys=keys)
 
-    async def follow(self, store: Store, keys: Keys) -> None:
-        """Follows the map in etcd, until it is cancelled."""
-        async for seen in changes(store, keys.map):
-            for event in seen.events:
-                self._members = None if event.value is None else unpack_map(event.value).members
+    async def follow(self, store: Store, key: str) -> None:
+        """Follows the key in etcd, until it is cancelled."""
+        async for seen in changes(store, key):
+            self._view.apply(seen)
 
     async def show_ready(self, _: web.Request) -> web.Response:
         alive = [each.member for each in self._supervisor.alive()]
-        report = node_report(self._supervisor.ranks, alive, self._members)
+        members = [Member(rank=r, incarnation=i) for r, i in self._view.members.items()]
+        drains = [drain.rank for drain in self._view.desired.drains]
+        report = node_report(self._supervisor.ranks, alive, members or None, drains)
         return web.json_response(report, status=503 if report["reasons"] else 200)
 
     async def show_live(self, _: web.Request) -> web.Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -12,18 +12,23 @@ from shared.types import Member, RankId
 class RankHealth(Enum):
     SERVING = "serving"  # its present incarnation is in the map
     JOINING = "joining"  # its process runs, and no map has it
+    DRAINED = "drained"  # no map has it, as somebody asked for
     DOWN = "down"  # it has no process, or one that is exiting
 
 
 def node_report(
-    ranks: Sequence[RankId], alive: Iterable[Member], members: Iterable[Member] | None
+    ranks: Sequence[RankId],
+    alive: Iterable[Member],
+    members: Iterable[Member] | None,
+    drains: Collection[RankId] = (),
 ) -> dict[str, Any]:
     """The body of `/health`. `alive`: the ranks whose processes run. `members`: those of the map;
-    None if no map was ever published."""
+    None if no map was ever published. `drains`: the ranks that shall be outside of it."""
     running = {member.rank: member for member in alive}
     serving = frozenset(members or ())
     states = {
-        rank: _state(running.get(rank), serving) for rank in sorted(set(ranks) | set(running))
+        rank: _state(running.get(rank), serving, rank in drains)
+        for rank in sorted(set(ranks) | set(running))
     }
     reasons = [
         f"rank {rank} is {state.value}"
@@ -40,7 +45,9 @@ def node_report(
     }
 
 
-def _state(running: Member | None, serving: frozenset[Member]) -> RankHealth:
+def _state(running: Member | None, serving: frozenset[Member], is_drained: bool) -> RankHealth:
     if running is None:
         return RankHealth.DOWN
-    return RankHealth.SERVING if running in serving else RankHealth.JOINING
+    if running in serving:
+        return RankHealth.SERVING
+    return RankHealth.DRAINED if is_drained else RankHealth.JOINING

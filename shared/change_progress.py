@@ -132,6 +132,8 @@ class _Progress:
         match drain.after:
             case AfterDrain.STAY:
                 return None
+            case AfterDrain.RESTART if rank not in self._records:
+                text = f"rank {rank} {self._without_process(rank)}"
             case AfterDrain.RESTART:
                 text = f"rank {rank} serves nobody and gets a new process"
             case AfterDrain.LEAVE:

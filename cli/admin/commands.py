@@ -218,6 +218,8 @@ def restart(
     Each is drained, restarted, and back in the map before the next one's turn."""
     if rolling is stop:
         raise typer.BadParameter("pass --rolling, or --stop")
+    if stop and rank:
+        raise typer.BadParameter("--stop ends the whole restart: leave --rank out")
     fields: dict[str, Any] = {"rolling": True, "ranks": rank or [], "grace_s": grace}
     if stop:
         _run(target, admin, as_json, "restart", {"stop": True}, restart_stopped)

@@ -173,7 +173,12 @@ class AdminApp:
         is_shown_only = request.path in _SHOWN
         if leader is not None and is_other and FORWARDED not in request.headers:
             try:
-                return await self._forwarder.forward(request, request[RAW_BODY], leader.admin_url)
+                return await self._forwarder.forward(
+                    request,
+                    request[RAW_BODY],
+                    leader.admin_url,
+                    leads=partial(self._is_led_at, leader.admin_url),
+                )
             except Unavailable:
                 if not is_shown_only:
                     raise
@@ -183,6 +188,10 @@ class AdminApp:
             "no control plane leads, or none that is asked here: ask again in a moment, with the "
             "same request_id"
         )
+
+    def _is_led_at(self, url: str) -> bool:
+        leader = self._control.state.leader
+        return not self._control.leads and leader is not None and leader.admin_url == url
 
     # The project's own interface.
 

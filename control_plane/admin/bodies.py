@@ -141,6 +141,8 @@ class RestartBody(ChangeBody, kw_only=True):
 
     def change(self, state: ClusterState) -> Change:
         if self.stop:
+            if self.ranks:
+                raise RequestError("stop ends the whole restart: leave ranks out", param="ranks")
             return StopRestart()
         if not self.rolling:
             message = "only a rolling restart serves meanwhile: leave rolling out, or pass true"

@@ -92,6 +92,7 @@ def test_a_command_asks_what_the_control_plane_understands(
         "drain",
         "restart",
         "restart --rolling --stop",
+        "restart --stop --rank 1",
         "restart --rolling --rank 5000",
         "replace 2",
         "replace 5000 --node b",

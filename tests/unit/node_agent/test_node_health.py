@@ -41,6 +41,16 @@ def test_a_rank_that_does_not_serve_is_named(
     assert report["reasons"] == [f"rank 9 is {state}"]
 
 
+def test_a_rank_that_shall_not_serve_is_drained_and_joins_nothing() -> None:
+    report = node_report(RANKS, [member(8), member(9, 2)], [member(8)], drains=[RankId(9)])
+    assert report["reasons"] == ["rank 9 is drained"]
+    both = [member(8), member(9)]  # it serves until it has left the map
+    assert node_report(RANKS, both, both, drains=[RankId(9)])["status"] == "ready"
+    assert node_report(RANKS, [member(8)], [member(8)], drains=[RankId(9)])["reasons"] == [
+        "rank 9 is down"
+    ]
+
+
 def test_without_a_map_nothing_serves() -> None:
     report = node_report(RANKS, [member(8), member(9)], None)
     assert report["reasons"] == ["no expert map is published yet"]

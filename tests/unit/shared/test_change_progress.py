@@ -20,16 +20,22 @@ def ids(*ranks: int) -> tuple[RankId, ...]:
     return tuple(RankId(rank) for rank in ranks)
 
 
-def texts(desired: DesiredState, *agents: AgentRecord, experts: int = 4) -> dict[int, str]:
-    """Ranks 0 to 2 serve, with three slots each."""
+def texts(
+    desired: DesiredState, *agents: AgentRecord, experts: int = 4, gone: int | None = None
+) -> dict[int, str]:
+    """Ranks 0 to 2 serve, with three slots each. `gone` has left the map, and has no process."""
     state = state_of(agent("a", 0, 1, 2), spec=replace(spec(ranks=3), num_experts=experts))
     expert_map = state.expert_map
     assert expert_map is not None
     seen = Seen(
         num_ranks=3,
         desired=desired,
-        expert_map=replace(expert_map, num_experts=experts),
-        records=state.records,
+        expert_map=replace(
+            expert_map,
+            num_experts=experts,
+            members=tuple(member for member in expert_map.members if member.rank != gone),
+        ),
+        records={m: record for m, record in state.records.items() if m.rank != gone},
         verdicts=(),
         sessions_of=lambda member: 0,
         agents=agents,
@@ -60,6 +66,22 @@ def test_why_a_rank_that_shall_exist_is_not_there(
     agents: tuple[AgentRecord, ...], expected: str
 ) -> None:
     assert texts(FOUR, *agents)[3].endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("agents", "expected"),
+    [
+        ((), "has no process: no node agent runs on a; start one"),
+        ((agent("a"),), "has not registered yet (on a)"),
+        ((waiting(agent("a"), 2, NOW + 8, "no memory"),), "starts again in 8 s on a: no memory"),
+    ],
+)
+def test_why_a_rank_that_is_restarted_does_not_come_back(
+    agents: tuple[AgentRecord, ...], expected: str
+) -> None:
+    """Such as after SIGTERM to its agent, if nobody starts another one."""
+    drained = replace(FOUR, drains=(Drain(rank=RankId(2), after=AfterDrain.RESTART),))
+    assert texts(drained, *agents, gone=2)[2] == f"rank 2 {expected}"
 
 
 def test_without_a_node_in_the_desired_state_the_agents_flags_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -143,6 +144,7 @@ async def test_what_cannot_be_is_refused_and_says_what_would_be_needed(
         ("/v1/scale", {"remove": [1], "node": "a"}, "node is for ranks that come"),
         ("/v1/scale", {"ranks": 0}, "`$.ranks`"),
         ("/v1/restart", {"rolling": False}, "rolling"),
+        ("/v1/restart", {"stop": True, "ranks": [1]}, "leave ranks out"),
         ("/v1/pause", {"request_id": "a b"}, "`$.request_id`"),
         ("/scale_elastic_ep", {}, "new_data_parallel_size"),
         ("/scale_elastic_ep", {"new_data_parallel_size": 0}, "new_data_parallel_size"),
@@ -329,6 +331,34 @@ async def test_a_leader_that_is_gone_is_503_but_the_status_is_still_told(
     answer = await client.post("/v1/drain", {"rank": 1})
     assert (answer.status, "does not answer" in answer.message) == (503, True)
     assert (await client.get("/v1/status")).status == 200
+
+
+async def test_a_leader_that_is_lost_while_it_is_asked_is_503_at_once(
+    client: AdminClient, control: FakeControl
+) -> None:
+    """As one that is stopped: it takes the connection, and says nothing. A standby leads then, be
+    it another one or the one that passed the request on."""
+    asked: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.put_nowait(await reader.readline())
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(hang, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        lost = LeaderRecord(control_plane="a", pid=1, term=1, since=0.0, admin_url=url)
+        next_one = replace(lost, control_plane="b", term=2, admin_url="http://127.0.0.1:9")
+        for leads, leader in ((False, next_one), (False, None), (True, next_one)):
+            control.leads, control.state = False, replace(control.state, leader=lost)
+            change = asyncio.create_task(client.post("/v1/drain", {"rank": 1, "request_id": "a"}))
+            status = asyncio.create_task(client.get("/v1/status"))
+            for _ in range(2):
+                await asked.get()
+            control.leads, control.state = leads, replace(control.state, leader=leader)
+            answer = await change
+            assert (answer.status, "was lost" in answer.message) == (503, True)
+            assert (await status).status == 200
 
 
 async def test_the_description_names_every_path_and_the_types_of_its_bodies(
