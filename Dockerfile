@@ -56,7 +56,8 @@ COPY shared shared
 COPY gpu_worker gpu_worker
 RUN python -m shared.confinement && python -m gpu_worker.model_tools warm-up
 COPY . .
-RUN requirements/install_project.sh torch/bin torch/include torch/test \
+RUN requirements/install_project.sh torch/include torch/test \
+      'torch/bin/*Test' 'torch/bin/protoc*' 'torch/bin/test_*' torch/bin/upgrader_models \
       mooncake/mooncake_client mooncake/mooncake_master mooncake/transfer_engine_bench
 
 FROM runtime AS cpu
@@ -74,8 +75,11 @@ COPY shared shared
 COPY gpu_worker gpu_worker
 RUN python -m shared.confinement && python -m gpu_worker.model_tools warm-up
 COPY . .
-RUN requirements/install_project.sh torch/bin torch/test \
-      mooncake/mooncake_client mooncake/mooncake_master mooncake/transfer_engine_bench
+RUN requirements/install_project.sh torch/include torch/test \
+      'torch/bin/*Test' 'torch/bin/protoc*' 'torch/bin/test_*' torch/bin/upgrader_models \
+      mooncake/mooncake_client mooncake/mooncake_master mooncake/transfer_engine_bench \
+      triton/_C/libproton.so triton/backends/nvidia/lib/cupti \
+      'nvidia/cu13/lib/libcusolverMg.*' 'nvidia/cu13/lib/libcufftw.*' 'nvidia/cu13/lib/libnvblas.*'
 
 # Mooncake's kernels depend on the card and on the model's sizes, Triton's on the card: both are
 # compiled when a rank first needs them, and kept in the volume /var/lib/starfish. So this image,

@@ -24,6 +24,8 @@ TWO_AT_ONCE := -n 2 --dist loadfile
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 UP_FLAGS ?=
 SOAK_FLAGS ?=
+KUBE_BIN ?= /usr/local/bin
+KUBE_CRDS ?=
 # Beside the virtual environment: the pins of other people's clients clash.
 CLIENTS := .venv-clients
 CLIENT_PINS := tests/clients/requirements
@@ -35,7 +37,7 @@ define say
 endef
 
 .SILENT:
-.PHONY: help install up test lint unit security fuzz sim sim-long integration integration-authenticated clients soak test-page lock test-compose release-wheel clean system-packages
+.PHONY: help install up test lint unit security fuzz sim sim-long integration integration-authenticated clients soak test-page lock test-compose test-cuda-image test-chart release-wheel clean system-packages
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-26s %s\n", $$1, $$2}'
@@ -123,6 +125,14 @@ lock: install ## Renew requirements/*.lock, from which the images install
 test-compose: install ## The containers on a real engine of its own (root; FORMS="host cluster", KEEP=folder for its layers)
 	$(call say,containers)
 	tests/compose/run.sh $(BIN)
+
+test-cuda-image: ## The CUDA image, built and tried without a card on a real engine of its own (root; KEEP=folder for its layers)
+	$(call say,CUDA image)
+	tests/compose/cuda_image.sh
+
+test-chart: $(STAMPS)/package $(STAMPS)/helm ## The chart on a real API server (KUBE_BIN=folder of kube-apiserver, -controller-manager, -scheduler)
+	$(call say,chart)
+	$(BIN)/python -m tests.deploy.api_server --kube $(KUBE_BIN) --bin $(BIN) $(if $(KUBE_CRDS),--crds $(KUBE_CRDS))
 
 release-wheel: install ## The wheel of this commit into tests/releases/, in place of the last release's
 	rm -f tests/releases/*.whl

@@ -14,95 +14,27 @@ cd "$(dirname "$0")/../.."
 root=$PWD
 bin=$(realpath "${1:-.venv/bin}")
 forms=${FORMS-host cluster}
-base=python:3.11-slim-bookworm
 balancer=haproxy:3.2
 index_port=18471 # always the same: it is part of what the engine knows a layer by
-work=
-data=
-engine_pid=
 index_pid=
 compose=
 namespace=starfish-compose-$$
-
-fail() { echo "test-compose: $*" >&2; exit 1; }
-say() { printf -- '-- %s\n' "$*"; }
-
-stop_engine() {
-  [ -n "$engine_pid" ] || return 0
-  kill -TERM "$engine_pid" 2>/dev/null || true
-  for _ in $(seq 100); do kill -0 "$engine_pid" 2>/dev/null || break; sleep 0.2; done
-  kill -KILL "$engine_pid" 2>/dev/null || true
-  wait "$engine_pid" 2>/dev/null || true
-  engine_pid=
-}
+test_name=test-compose
+# shellcheck source=tests/compose/engine.sh
+. tests/compose/engine.sh
 
 clean_up() {
   set +e
   if [ -n "$engine_pid" ] && [ -n "$compose" ]; then take_down; fi
-  stop_engine
   [ -z "$index_pid" ] || kill "$index_pid" 2>/dev/null
+  close_engine
   ip netns delete "$namespace" 2>/dev/null
-  if [ -n "$work" ]; then
-    awk '{print $2}' /proc/mounts | grep -E "^($work|$data)(/|$)" | sort -r \
-      | while read -r mount; do umount -l "$mount"; done
-    rmdir "$work"
-  fi
 }
 trap clean_up EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
-require_tools() {
-  [ "$(id -u)" -eq 0 ] || fail "must be root to run an engine; run: sudo make test-compose"
-  local missing=()
-  command -v dockerd >/dev/null || missing+=(docker.io)
-  command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
-  command -v ip >/dev/null || missing+=(iproute2)
-  command -v iptables >/dev/null || missing+=(iptables)
-  if [ ${#missing[@]} -gt 0 ]; then
-    say "installing ${missing[*]}"
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-  fi
-}
-
-start_engine() { # arguments: a command to run it under, then flags
-  local under=$1
-  shift
-  # shellcheck disable=SC2086
-  $under dockerd --data-root "$data" --exec-root "$work/exec" --pidfile "$work/pid" \
-    -H "unix://$work/docker.sock" "$@" >>"$work/dockerd.log" 2>&1 &
-  engine_pid=$!
-  for _ in $(seq 100); do
-    if docker info >/dev/null 2>&1; then return 0; fi
-    kill -0 "$engine_pid" 2>/dev/null || break
-    sleep 0.3
-  done
-  tail -20 "$work/dockerd.log" >&2
-  fail "the container engine does not start"
-}
-
 take_down() { timeout 90 "${compose[@]}" down --volumes --timeout 3 >/dev/null 2>&1 || true; compose=; }
-
-# Two images that the project takes from elsewhere, which cannot be pulled everywhere.
-
-has_image() { docker image inspect "$1" >/dev/null 2>&1; }
-
-make_base() { # stands in for the image that FROM names
-  has_image "$base" && return 0
-  say "making the base image"
-  mmdebstrap --quiet --variant=minbase \
-    --include=python3,python3-pip,python3-venv,ca-certificates bookworm "$work/base.tar"
-  mkdir "$work/base"
-  tar -C "$work/base" -xf "$work/base.tar" --exclude './dev/*'
-  rm "$work/base.tar"
-  cp /etc/ssl/certs/ca-certificates.crt "$work/base/etc/ssl/certs/ca-certificates.crt"
-  printf '[global]\ncert = %s\n' /etc/ssl/certs/ca-certificates.crt >"$work/base/etc/pip.conf"
-  ln -sf python3 "$work/base/usr/bin/python"
-  rm -f "$work"/base/usr/lib/python3.*/EXTERNALLY-MANAGED
-  tar -C "$work/base" -c . | docker import - "$base" >/dev/null
-  rm -rf "$work/base"
-}
 
 make_balancer() { # Debian's haproxy
   has_image "$balancer" && return 0
@@ -128,8 +60,6 @@ build_image() {
   index_pid=
   say "the image has $(size "$STARFISH_IMAGE") MB, of which $(size "$base") are its base's"
 }
-
-size() { echo $(($(docker image inspect --format '{{.Size}}' "$1") / 1000000)); }
 
 bring_up() { # argument: the compose file
   say "starting $1 in a network namespace of its own"
@@ -164,16 +94,13 @@ try_cluster() {
   take_down
 }
 
-require_tools
-work=$(mktemp -d /tmp/starfish-compose.XXXXXX)
-data=$(realpath -m "${KEEP:-$work/data}")
-mount -t tmpfs -o size=8g starfish-compose "$work"
-export DOCKER_HOST=unix://$work/docker.sock DOCKER_CONFIG=$work/config DOCKER_BUILDKIT=0
+require_tools "$test_name"
+open_engine "${KEEP:-}"
 export COMPOSE_BAKE=false STARFISH_IMAGE=starfish-moe:test
-mkdir -p "$DOCKER_CONFIG/cli-plugins"
+mkdir "$DOCKER_CONFIG/cli-plugins"
 ln -s "$bin/docker-compose" "$DOCKER_CONFIG/cli-plugins/docker-compose"
 
-start_engine "" --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false --bridge=none
+start_building_engine
 make_base
 [[ $forms != *cluster* ]] || make_balancer
 build_image

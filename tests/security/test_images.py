@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -88,6 +90,18 @@ def test_the_final_image_has_no_compiler_and_no_code_of_its_users() -> None:
         assert "USER 1000:1000" in final
     assert "chown" not in DOCKERFILE
     assert "--chown" not in DOCKERFILE
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_torch_keeps_what_it_looks_for_when_it_is_imported(kind: str) -> None:
+    command = stages()[f"build-{kind}"].replace("\\\n", " ").partition("install_project.sh ")[2]
+    taken_away = shlex.split(command.partition("\n")[0])
+    assert "torch/test" in taken_away
+    needed = PurePosixPath("torch/bin/torch_shm_manager")
+    for path in map(str, (needed, *needed.parents)):
+        assert not any(fnmatchcase(path, pattern) for pattern in taken_away)
+    # And every build tries.
+    assert "import numba, torch" in SCRIPTS["install_project.sh"]
 
 
 @pytest.mark.parametrize("form", FORMS)

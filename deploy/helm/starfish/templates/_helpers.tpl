@@ -2,12 +2,14 @@
 {{- if contains "starfish" .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}{{ else }}{{ printf "%s-starfish" .Release.Name | trunc 40 | trimSuffix "-" }}{{ end }}
 {{- end }}
 
+{{/* What a pod is labelled with: no version, so that a new chart alone replaces no pod. */}}
 {{- define "starfish.selector" -}}
 app.kubernetes.io/name: starfish
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
+{{/* Of every other object. */}}
 {{- define "starfish.labels" -}}
 {{ include "starfish.selector" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
@@ -76,7 +78,9 @@ capabilities: {drop: [ALL]}
   secret: {secretName: {{ .etcdSecret }}, defaultMode: 0440}
 {{- end }}
 - name: models
-  {{- toYaml .root.Values.model.volume | nindent 2 }}
+  {{- /* Not in values.yaml: another source there would be merged with it. */}}
+  {{- $default := dict "persistentVolumeClaim" (dict "claimName" "models") }}
+  {{- toYaml (.root.Values.model.volume | default $default) | nindent 2 }}
 {{- end }}
 
 {{- define "starfish.volumeMounts" -}}

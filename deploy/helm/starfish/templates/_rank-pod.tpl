@@ -2,7 +2,7 @@
 {{- define "starfish.rankPod" -}}
 {{- $ranks := .root.Values.ranks }}
 metadata:
-  labels: {{- include "starfish.labels" . | nindent 4 }}
+  labels: {{- include "starfish.selector" . | nindent 4 }}
   {{- with $ranks.annotations }}
   annotations: {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -14,6 +14,9 @@ spec:
   {{- if $ranks.hostNetwork }}
   hostNetwork: true
   dnsPolicy: ClusterFirstWithHostNet
+  {{- end }}
+  {{- if and $ranks.affinity.podAntiAffinity (ne $ranks.antiAffinity "none") }}
+  {{- fail "ranks.affinity.podAntiAffinity needs ranks.antiAffinity: none" }}
   {{- end }}
   {{- if or $ranks.affinity (ne $ranks.antiAffinity "none") }}
   affinity:
@@ -151,7 +154,7 @@ spec:
   volumes:
     {{- include "starfish.volumes" . | nindent 4 }}
     - name: kernel-cache
-      {{- toYaml $ranks.kernelCache | nindent 6 }}
+      {{- toYaml ($ranks.kernelCache | default (dict "emptyDir" dict)) | nindent 6 }}
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ $ranks.shmSize }}}
     {{- if .root.Values.etcd.tls.enabled }}
