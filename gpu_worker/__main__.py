@@ -18,7 +18,12 @@ from gpu_worker.device_choice import require_drafts, uses_cuda
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.grammar_service import GrammarService
 from gpu_worker.exchange.mooncake_engine import Protocols
-from gpu_worker.identity import acquire_identity, read_peers, step_tokens_of
+from gpu_worker.identity import (
+    acquire_identity,
+    read_peers,
+    require_kv_cache_dtype,
+    step_tokens_of,
+)
 from gpu_worker.kv_replication.budget import kv_replica_bytes, uses_kv_replication
 from gpu_worker.kv_replication.data_transport import DataTransport
 from gpu_worker.kv_replication.mooncake_replicator import MooncakeReplicator
@@ -102,6 +107,7 @@ async def run_rank(config: RankConfig) -> NoReturn:
     # Ranks of a dense model exchange nothing, so each is as if alone.
     num_ranks = spec.capacity if model_spec.moe_layers else 1
     require_drafts(spec, on_card=on_card)
+    require_kv_cache_dtype(peers, config.kv_cache_dtype, on_card=on_card)
     if on_card:
         from gpu_worker.cuda.hardware import CudaHardware, card_share
 

@@ -42,6 +42,13 @@ class DispatchForm(Enum):
     FP8 = "fp8"
 
 
+class KvCacheDtype(Enum):
+    """The number format of cached keys and values, or latents."""
+
+    AUTO = "auto"  # that of the computation
+    FP8 = "fp8"  # e4m3, with a scale of 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
     """Filled from [rank] of the TOML file, STARFISH_RANK_* and flags. The node agent gives the
@@ -99,6 +106,11 @@ class RankConfig:
     )
     kv_tokens: int = option(16384, "capacity of the KV cache of this rank, in tokens")
     kv_block_tokens: int = option(16, "tokens in a KV block")
+    kv_cache_dtype: KvCacheDtype = option(
+        KvCacheDtype.AUTO,
+        "cuda: number format of the KV cache, the same on all ranks; auto: bf16. fp8 (e4m3) takes "
+        "half the memory and rounds: its answers differ from bf16's, but no death alters them",
+    )
     prefix_cache: bool = option(
         True, "begin a prompt with the KV blocks that earlier ones have computed for it"
     )

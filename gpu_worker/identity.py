@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpu_worker.config import RankConfig
+from gpu_worker.config import KvCacheDtype, RankConfig
 from shared.errors import ConfigError
 from shared.incarnations import allocate_incarnation
 from shared.keys import Keys
@@ -36,6 +36,23 @@ def step_tokens_of(peers: Sequence[RankRecord]) -> int:
     buffers are laid out for it, and so this rank's must be."""
     handles = (peer.exchange_handles for peer in peers)
     return next((h.step_tokens_max for h in handles if h is not None), 0)
+
+
+def require_kv_cache_dtype(
+    peers: Sequence[RankRecord], wanted: KvCacheDtype, *, on_card: bool
+) -> None:
+    """Raises ConfigError if this rank could not keep its KV cache so, or its peers do not: a
+    session that moved here would go on with other tokens."""
+    if wanted is not KvCacheDtype.AUTO and not on_card:
+        raise ConfigError(
+            f"--kv-cache-dtype {wanted.value} is for cards; ranks on CPUs keep what they compute"
+        )
+    other = next((peer for peer in peers if peer.kv_cache_dtype != wanted.value), None)
+    if other is not None:
+        raise ConfigError(
+            f"rank {other.rank} serves with --kv-cache-dtype {other.kv_cache_dtype}, and this one "
+            f"would with {wanted.value}; all ranks of an instance need the same"
+        )
 
 
 async def acquire_identity(config: RankConfig, store: Store, keys: Keys) -> tuple[Member, int]:

@@ -299,6 +299,7 @@ def _first_record(parts: RankParts) -> RankRecord:
         first_incarnation=parts.first_incarnation or parts.member.incarnation,
         release=own_release(),
         sessions_max=config.running_max + config.waiting_max,
+        kv_cache_dtype=config.kv_cache_dtype.value,
     )
 
 

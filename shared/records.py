@@ -95,6 +95,7 @@ class RankRecord:
     computes_on_demand: bool = False  # experts without a slot: see `ExpertMap.on_demand`
     release: Release = FIRST_RELEASE
     sessions_max: int = 0  # that run and wait here; 0: an older release
+    kv_cache_dtype: str = "auto"  # or "fp8": a session's tokens depend on it
 
     @property
     def member(self) -> Member:

@@ -209,6 +209,13 @@ class UpOptions:
     kv_tokens: Annotated[
         int | None, typer.Option(help="Size of each rank's KV cache, in tokens.")
     ] = None
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Number format of KV caches on GPUs: auto (bf16), or fp8, which takes half the "
+            "memory and rounds."
+        ),
+    ] = "auto"
     host_experts_gb: Annotated[
         float,
         typer.Option(
@@ -372,6 +379,8 @@ class UpOptions:
             raise ConfigError(
                 f"--instance {self.instance!r}: pass a name without slashes and leading dots"
             )
+        if self.kv_cache_dtype not in ("auto", "fp8"):
+            raise ConfigError(f"--kv-cache-dtype {self.kv_cache_dtype!r}: pass auto or fp8")
         if self.device not in DEVICES:
             raise ConfigError(f"--device {self.device!r}: pass one of {', '.join(DEVICES)}")
         if self.ib_device and self.transfer_protocol != "rdma":

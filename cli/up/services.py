@@ -168,6 +168,8 @@ def agent(
     rank_flags += _given("--otlp-endpoint", options.otlp_endpoint)
     if options.kv_tokens is not None:
         rank_flags += ["--kv-tokens", str(options.kv_tokens)]
+    if options.kv_cache_dtype != "auto":
+        rank_flags += ["--kv-cache-dtype", options.kv_cache_dtype]
     return Service(
         name="agent",
         argv=(

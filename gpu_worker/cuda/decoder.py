@@ -41,7 +41,8 @@ class DecoderOptions:
     """Sizes of the KV cache and of steps. A step with prefill has up to `prefill_tokens` tokens of
     up to `prefill_sequences` sequences and as many wanted rows. With `invariant`, dense GEMMs are
     computed in fixed parts, so that the bits of a row do not depend on its batch; without it, torch
-    computes them. `replica_turns` is the number of turns in the table of slots."""
+    computes them. `replica_turns` is the number of turns in the table of slots. `kv_dtype` is that
+    of cached keys and values, or latents; None: the weights'."""
 
     kv_blocks: int
     block_tokens: int = 16
@@ -51,6 +52,7 @@ class DecoderOptions:
     prefill_sequences: int = 64
     invariant: bool = True
     replica_turns: int = 1
+    kv_dtype: torch.dtype | None = None
 
     @property
     def positions_max(self) -> int:
@@ -291,6 +293,7 @@ def _attention_stage(
             kv_blocks=options.kv_blocks,
             block_tokens=options.block_tokens,
             context_tokens_max=options.positions_max,
+            kv_dtype=options.kv_dtype,
         )
     return GqaStage(
         shape,
@@ -303,4 +306,5 @@ def _attention_stage(
         decode_rows_max=max(options.decode_batch_sizes, default=0),
         norm_eps=sizes.norm_eps,
         windows=[sizes.window_of(layer) for layer in range(sizes.num_layers)],
+        kv_dtype=options.kv_dtype,
     )

@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from gpu_worker.checkpoint.load_progress import LoadProgress
-from gpu_worker.config import DispatchForm, ExchangeKind, RankConfig
+from gpu_worker.config import DispatchForm, ExchangeKind, KvCacheDtype, RankConfig
 from gpu_worker.cuda.block_cache import CudaBlockCache
 from gpu_worker.cuda.driver import card_bytes
 from gpu_worker.cuda.ep.dispatch import check_dispatch, exchange_kind
@@ -252,6 +252,7 @@ class CudaHardware:
             dtype=torch.bfloat16,
             progress=progress,
             kv_tokens=config.kv_tokens,
+            kv_dtype=_kv_dtype(config),
             cache_memory=expert_cache_memory_of_rank(
                 config.host_experts_fd, config.host_experts_gb
             ),
@@ -316,4 +317,9 @@ class CudaHardware:
             prefill_tokens=config.step_tokens_max,
             prefill_sequences=config.step_sequences_max,
             replica_turns=num_turns(config.replicas),
+            kv_dtype=_kv_dtype(config),
         )
+
+
+def _kv_dtype(config: RankConfig) -> torch.dtype | None:
+    return torch.float8_e4m3fn if config.kv_cache_dtype is KvCacheDtype.FP8 else None

@@ -49,12 +49,14 @@ def load_cuda_model(
     progress: LoadProgress,
     cache_memory: ExpertCacheMemory | None = None,
     kv_tokens: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> CudaModel:
     """Reads the shared weights and allocates the slots. Copies of experts go into `cache_memory`,
     which a thread pins until `HostExperts.end_pinning`: call that before a step runs.
 
     Before it reads anything, raises CheckpointError if the architecture or the files are wrong, and
-    ConfigError if the card has no room for all of it and a KV cache of `kv_tokens`."""
+    ConfigError if the card has no room for all of it and a KV cache of `kv_tokens`, in
+    `kv_dtype` or the model's own."""
     layout = checkpoint_layout_of(spec)
     shapes = layout.tensor_shapes()
     checkpoint = open_checkpoint(folder, shapes, progress.count)
@@ -66,7 +68,9 @@ def load_cuda_model(
         num_experts=spec.num_experts,
         slots_per_rank=slots_per_rank,
         shared_bytes=shared_weight_bytes(checkpoint, list(shapes), prefixes, dtype.itemsize),
-        kv_bytes_per_token=layout.sizes.kv_values_per_token * dtype.itemsize,
+        kv_bytes_per_token=layout.sizes.kv_bytes_per_token(
+            dtype.itemsize, (kv_dtype or dtype).itemsize
+        ),
         kv_tokens=kv_tokens,
     )
     _check_card(needed, device)

@@ -325,8 +325,13 @@ def test_rows_of_fp8_are_widened_by_the_cards_own_conversion() -> None:
     assert "ld.global.v4.b32" in text
 
 
+CACHES = ["*bf16", "*fp8e4nv"]
+of_every_cache = pytest.mark.parametrize("cache", CACHES, ids=["bf16", "fp8"])
+
+
+@of_every_cache
 @pytest.mark.parametrize("top_k", [0, 2048])
-def test_latent_attention_takes_the_one_instruction(top_k: int) -> None:
+def test_latent_attention_takes_the_one_instruction(top_k: int, cache: str) -> None:
     tile = latent.LATENT_TILE
     constants = {
         "HEADS": 128,
@@ -340,7 +345,7 @@ def test_latent_attention_takes_the_one_instruction(top_k: int) -> None:
         "BLOCK_TOKENS": 16,
         "TOP_K": top_k,
     }
-    kinds = ["*bf16"] * 4 + ["*i32"] * 3 + ["*fp32"] * 3 + ["fp32", "i32", "i32"]
+    kinds = ["*bf16", "*bf16", cache, "*bf16", *["*i32"] * 3, *["*fp32"] * 3, "fp32", "i32", "i32"]
     kernel = latent._attend_latents
     assert instructions(kernel, kinds, constants, tile.warps, tile.stages) == ONE_INSTRUCTION
 
@@ -363,35 +368,39 @@ of_every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(
 TURNING_WARPS = projected_heads.ROTATION_WARPS
 
 
+@of_every_cache
 @of_every_family
-def test_attention_takes_the_one_instruction(family: dict[str, Any]) -> None:
-    given, warps = attending(0, family), attention.ATTENTION_TILE.warps
+def test_attention_takes_the_one_instruction(family: dict[str, Any], cache: str) -> None:
+    given, warps = attending(0, family, cache), attention.ATTENTION_TILE.warps
     assert instructions(attention._attend_splits, *given, warps, 1) == ONE_INSTRUCTION
-    turning = attending(4, family)
+    turning = attending(4, family, cache)
     assert instructions(attention._attend_splits, *turning, TURNING_WARPS, 1) == ONE_INSTRUCTION
 
 
+@of_every_cache
 @of_every_family
 def test_attention_of_chunks_is_left_to_warp_groups_and_stores_no_split(
-    family: dict[str, Any],
+    family: dict[str, Any], cache: str
 ) -> None:
     tile = chunk_attention.CHUNK_TILE
-    kinds = [*["*bf16"] * 3, *["*i32"] * 4, *["*fp32"] * 4, "*bf16", "fp32", "i32", "i32"]
+    kinds = ["*bf16", cache, cache, *["*i32"] * 4, *["*fp32"] * 4, "*bf16", "fp32", "i32", "i32"]
     constants = {name: value for name, value in family.items() if name in GQA | SEEN}
     constants |= {"ROWS": 64, "SPLIT": 64, "SPAN": 16, "APART": False}
     kernel = chunk_attention._attend_chunks
     assert_of_warp_groups(instructions(kernel, kinds, constants, tile.warps, tile.stages))
 
 
+@of_every_cache
 @of_every_family
 def test_attention_sums_alike_whether_or_not_it_turns_its_own_queries(
-    family: dict[str, Any],
+    family: dict[str, Any], cache: str
 ) -> None:
     """With a joined operand, the dot products of queries once took positions in other groups of
-    four."""
-    warps = attention.ATTENTION_TILE.warps
-    given = multiplied(attention._attend_splits, *attending(0, family), warps)
-    assert given == multiplied(attention._attend_splits, *attending(4, family), TURNING_WARPS)
+    four. From a cache of fp8 they take the same as of bf16, and so as the warp groups of chunks."""
+    warps, kernel = attention.ATTENTION_TILE.warps, attention._attend_splits
+    given = multiplied(kernel, *attending(0, family), warps)
+    assert given == multiplied(kernel, *attending(0, family, cache), warps)
+    assert given == multiplied(kernel, *attending(4, family, cache), TURNING_WARPS)
     assert len(given) == 3
 
 
@@ -430,9 +439,11 @@ def test_a_last_arrival_sees_what_all_have_stored_before_theirs() -> None:
         assert order[place + 1] == "bar.sync"
 
 
-def attending(parts: int, family: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def attending(
+    parts: int, family: dict[str, Any], cache: str = "*bf16"
+) -> tuple[list[str], dict[str, Any]]:
     constants = family | {"PARTS": parts, "SPLIT": 64, "SPAN": 16, "TILED": False}
-    pointers = ["*bf16"] * 3 + ["*i32"] * 4 + ["*fp32"] * 3
+    pointers = ["*bf16", cache, cache] + ["*i32"] * 4 + ["*fp32"] * 3
     merging = ["*fp32", "*fp32", "*fp32", "*i32", "*fp32", "*bf16"]
     more = ["fp32", "i32", "i32", "i32", "i32"]
     return [*pointers, *PROJECTED, *merging, *more], constants

@@ -2,7 +2,7 @@
 the merge of the splits. With a window, splits that lie wholly before it are neither read nor
 merged.
 
-The cache is `k_BJUD` and `v_BJUD`. A *tile* is one or more tokens of one sequence at rising
+The cache is `k_BJUD` and `v_BJUD`, in a format of `cached_values`. A *tile* is one or more tokens of one sequence at rising
 positions, so that a prefill chunk reads each key once per tile. A row position of -1 means that the
 row has no token.
 
@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_worker.cuda.kernels.cached_values import to_cached
 from gpu_worker.cuda.kernels.paging import Paging, cache_row, cache_rows
 from gpu_worker.cuda.kernels.projected_heads import ROTATION_WARPS, QkvParts, rotate_and_store
 from gpu_worker.cuda.kernels.rotated_heads import rotated_key, rotated_queries, summed_value
@@ -311,21 +312,24 @@ def _attend_splits(
                 row_ptr, k_norm_ptr, bias_ptr, scale_ptr, cos_ptr, sin_ptr, eps, clip, last,
                 part_stride, kv_head, (HEADS + kv_head) * HEAD_DIM, PARTS, HEAD_DIM, ROTATED, NORM,
                 BIASED, CLIPPED,
-            ).to(k_ptr.dtype.element_ty)  # fmt: skip
+            )  # fmt: skip
+            key = to_cached(key, k_ptr.dtype.element_ty)
             column = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
             value = summed_value(
                 row_ptr, bias_ptr, clip, part_stride, column, d, PARTS, HEAD_DIM, BIASED, CLIPPED
             )
-            value = value.to(v_ptr.dtype.element_ty)
+            value = to_cached(value, v_ptr.dtype.element_ty)
             if (last // SPLIT - first_split) % tl.num_programs(2) == 0:
                 new = cache_row(
                     own_tables_ptr, 0, last, kv_head, table_width, KV_HEADS, BLOCK_TOKENS
                 )
                 tl.store(k_ptr + new * HEAD_DIM + d, key)
                 tl.store(v_ptr + new * HEAD_DIM + d, value)
+            key, value = key.to(q.dtype), value.to(q.dtype)
         ones = tl.full([SPLIT, 16], 1.0, dtype=q.dtype)
         for split in range(first_split, last // SPLIT + 1, tl.num_programs(2)):
             at = split * SPLIT + n
+            k, v = k.to(q.dtype), v.to(q.dtype)
             if PARTS > 0:
                 is_new = (at == last)[:, None]
                 k = tl.where(is_new, key[None, :], k)

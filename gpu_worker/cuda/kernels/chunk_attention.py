@@ -170,9 +170,9 @@ def _attend_chunks(
                 at = split * SPLIT + n
                 kv = cache_rows(table_ptr, at, at >= 0, kv_head, KV_HEADS, BLOCK_TOKENS)
                 kv = kv[:, None] * HEAD_DIM + d[None, :]
-                maximum, sums, parts = split_result(
-                    q, tl.load(k_ptr + kv), tl.load(v_ptr + kv), ones, at, position, scale, False
-                )
+                k = tl.load(k_ptr + kv).to(q.dtype)
+                v = tl.load(v_ptr + kv).to(q.dtype)
+                maximum, sums, parts = split_result(q, k, v, ones, at, position, scale, False)
                 peak, total, values = add_partial(peak, total, values, maximum, sums, parts)
             for split in range(tl.maximum(start, tl.maximum(begin, num_full)), end):
                 at = split * SPLIT + n
@@ -181,6 +181,7 @@ def _attend_chunks(
                 kv = kv[:, None] * HEAD_DIM + d[None, :]
                 k = tl.load(k_ptr + kv, mask=is_past[:, None], other=0.0)
                 v = tl.load(v_ptr + kv, mask=is_past[:, None], other=0.0)
+                k, v = k.to(q.dtype), v.to(q.dtype)
                 maximum, sums, parts = split_result(
                     q, k, v, ones, at, position, scale, True, WINDOW
                 )

@@ -1,8 +1,9 @@
 """Multi-head latent attention over the paged cache: norms, rotation and the write into the cache;
 queries into the latent space and sums out of it; and attention there, in splits of positions.
 
-The cache holds each token's normed latent `latent_BUR` and its rotated shared key `key_BUW`; all
-heads read the same rows. Each row is its own tile, in prefill as in decode, so the model alone
+The cache holds each token's normed latent `latent_BUR`, in a format of `cached_values`, and its
+rotated shared key `key_BUW`, always in the model's own: a rounded angle would be wrong by more the
+further it is away. All heads read the same rows. Each row is its own tile, in prefill as in decode, so the model alone
 determines the shape of every dot product and sum. More shape letters: A heads, R rank of the
 latent, M rank of the queries' latent, F the unrotated size of a head's query, W the rotated size,
 G the size of a head's value.
@@ -17,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_worker.cuda.kernels.cached_values import to_cached
 from gpu_worker.cuda.kernels.paging import Paging, cache_row, cache_rows
 from gpu_worker.cuda.kernels.splits import (
     SPLITS_MAX,
@@ -320,7 +322,8 @@ def _norm_and_store(
             sin = tl.load(sin_ptr + position * HALF + i)
             sequence = tl.load(sequence_ptr + row)
             cached = cache_row(tables_ptr, sequence, position, 0, table_width, 1, BLOCK_TOKENS)
-            tl.store(latent_ptr + cached * RANK + r, latent.to(latent_ptr.dtype.element_ty))
+            latent = to_cached(latent, latent_ptr.dtype.element_ty)
+            tl.store(latent_ptr + cached * RANK + r, latent)
             key = key_ptr + cached * (2 * HALF) + i
             _store_rotated(key, low, high, cos, sin, True, HALF)
     else:
@@ -466,7 +469,7 @@ def _attend_latents(
                     latent_ptr + cached[:, None] * RANK + r[None, :],
                     mask=is_past[:, None],
                     other=0.0,
-                )
+                ).to(q.dtype)
                 key = tl.load(
                     key_ptr + cached[:, None] * ROTATED + w[None, :],
                     mask=is_past[:, None],

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_HEAD, QK_NORM_NONE, QK_NORM_WHOLE
+from gpu_worker.cuda.kernels.cached_values import to_cached
 from gpu_worker.cuda.kernels.paging import Paging, cache_row
 from gpu_worker.cuda.kernels.rotated_heads import rotated_key, rotated_queries, summed_value
 
@@ -212,11 +213,12 @@ def _rotate_and_store(
                     clip, position, part_stride, kv_head, column, PARTS, HEAD_DIM, ROTATED, NORM,
                     BIASED, CLIPPED,
                 )  # fmt: skip
-                tl.store(k_ptr + cached * HEAD_DIM + d, key.to(k_ptr.dtype.element_ty))
+                tl.store(k_ptr + cached * HEAD_DIM + d, to_cached(key, k_ptr.dtype.element_ty))
             else:
                 column = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
                 value = summed_value(
                     row_ptr, bias_ptr, clip, part_stride, column, d, PARTS, HEAD_DIM, BIASED,
                     CLIPPED,
                 )  # fmt: skip
-                tl.store(v_ptr + cached * HEAD_DIM + d, value.to(v_ptr.dtype.element_ty))
+                value = to_cached(value, v_ptr.dtype.element_ty)
+                tl.store(v_ptr + cached * HEAD_DIM + d, value)

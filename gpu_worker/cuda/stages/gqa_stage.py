@@ -36,9 +36,10 @@ class GqaStage:
         decode_rows_max: int,
         norm_eps: float,
         windows: Sequence[int],
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         """Steps that are not in tiles have at most `decode_rows_max` rows. `windows` are those of
-        the layers; 0: none. Raises ValueError for a cache that kernels cannot address."""
+        the layers; 0: none. `kv_dtype`: see `kernels.cached_values`. Raises ValueError for a cache that kernels cannot address."""
         self._shape = shape
         self._weights = weights
         self._kinds = [
@@ -52,8 +53,8 @@ class GqaStage:
                 f"a layer's keys of {kv_blocks * block_tokens:,} tokens are more than "
                 f"{_CACHE_VALUES_MAX:,} values; a rank holds fewer tokens (--kv-tokens)"
             )
-        self.k_LBJUD = allocator.zeros(*cache)
-        self.v_LBJUD = allocator.zeros(*cache)
+        self.k_LBJUD = allocator.zeros(*cache, of=kv_dtype)
+        self.v_LBJUD = allocator.zeros(*cache, of=kv_dtype)
         rotated = int(shape.head_dim * rope.rotated_share)
         cos_CD, sin_CD = rope.rotations(rotated, context_tokens_max)
         self._cos_CD = torch.from_numpy(cos_CD).to(allocator.device)

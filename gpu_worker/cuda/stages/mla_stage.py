@@ -35,12 +35,14 @@ class MlaStage:
         kv_blocks: int,
         block_tokens: int,
         context_tokens_max: int,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        """Raises ValueError for sizes that have no kernels."""
+        """`kv_dtype` is the latents', see `kernels.cached_values`. Raises ValueError for sizes that
+        have no kernels."""
         _check(shape)
         self._weights = weights
         blocks = (len(weights), kv_blocks, block_tokens)
-        self.latent_LBUR = allocator.zeros(*blocks, shape.rank)
+        self.latent_LBUR = allocator.zeros(*blocks, shape.rank, of=kv_dtype)
         self.key_LBUW = allocator.zeros(*blocks, shape.qk_rope_head_dim)
         cos_CD, sin_CD = rope.rotations(shape.qk_rope_head_dim, context_tokens_max)
         self._rotation = latent.Rotation(

@@ -94,10 +94,26 @@ class DecoderSizes:
     @property
     def kv_values_per_token(self) -> int:
         """Cached values per token, over all layers."""
+        return self._narrow_values_per_token + self._wide_values_per_token
+
+    def kv_bytes_per_token(self, itemsize: int, kv_itemsize: int) -> int:
+        """`itemsize`: bytes of a value of the model; `kv_itemsize`: of a cached key, value or
+        latent. Of a latent's token the rotated key and the indexer's stay in the model's format."""
+        narrow, wide = self._narrow_values_per_token, self._wide_values_per_token
+        return narrow * kv_itemsize + wide * itemsize
+
+    @property
+    def _narrow_values_per_token(self) -> int:
+        shape = self.attention
+        own = shape.rank if isinstance(shape, MlaShape) else 2 * shape.kv_size
+        return self.num_layers * own
+
+    @property
+    def _wide_values_per_token(self) -> int:
         shape = self.attention
         if isinstance(shape, MlaShape):
-            return self.num_layers * (shape.rank + shape.qk_rope_head_dim + shape.index_head_dim)
-        return self.num_layers * 2 * shape.kv_size
+            return self.num_layers * (shape.qk_rope_head_dim + shape.index_head_dim)
+        return 0
 
 
 def _attention_values(shape: GqaShape | MlaShape, hidden: int) -> int:

@@ -121,3 +121,10 @@ def test_a_token_is_cached_as_one_latent_and_one_shared_key_and_the_indexers() -
     assert V32.kv_values_per_token == 3 * (16 + 4 + 6)
     assert V3.kv_values_per_token == 3 * (16 + 4)
     assert QWEN.kv_values_per_token == 3 * 2 * 2 * 8
+
+
+def test_a_narrow_cache_leaves_rotated_keys_and_the_indexers_wide() -> None:
+    assert QWEN.kv_bytes_per_token(2, 2) == 2 * QWEN.kv_values_per_token
+    assert QWEN.kv_bytes_per_token(2, 1) == QWEN.kv_values_per_token
+    assert V32.kv_bytes_per_token(2, 2) == 2 * V32.kv_values_per_token
+    assert V32.kv_bytes_per_token(2, 1) == 3 * (16 + 2 * (4 + 6))
