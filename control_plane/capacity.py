@@ -39,7 +39,8 @@ class Capacity:
         more = -(-missing // spec.slots_per_rank)
         return (
             f"the ranks that stay have {slots} slots in each layer for {spec.num_experts} experts",
-            f"{more} more rank{'s' if more > 1 else ''} of {spec.slots_per_rank} slots must serve",
+            f"{more} more rank{'s' if more > 1 else ''} of {spec.slots_per_rank} slots must serve: "
+            "add some first, or undrain those that are drained",
         )
 
     def _remaining(self, leaving: Collection[RankId]) -> dict[RankId, int]:

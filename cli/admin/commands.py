@@ -220,7 +220,9 @@ def restart(
         raise typer.BadParameter("pass --rolling, or --stop")
     if stop and rank:
         raise typer.BadParameter("--stop ends the whole restart: leave --rank out")
-    fields: dict[str, Any] = {"rolling": True, "ranks": rank or [], "grace_s": grace}
+    fields: dict[str, Any] = {"rolling": True, "grace_s": grace}
+    if rank:
+        fields["ranks"] = rank
     if stop:
         _run(target, admin, as_json, "restart", {"stop": True}, restart_stopped)
     else:

@@ -170,7 +170,7 @@ def chaos(
         load.check()
         options.check()
         console, clock = Console(stderr=as_json), SystemClock()
-        faults = chosen_faults(load.faults)
+        faults = chosen_faults(load.faults, has_hosts=load.hosts > 1)
         opener: SiteOpener
         if load.hosts > 1:
             opener = functools.partial(cluster_site, options, console, clock, load.keep_logs)
@@ -219,7 +219,7 @@ def soak(
         load.check()
         options.check()
         console, clock = Console(stderr=as_json), SystemClock()
-        faults = chosen_faults(load.faults)
+        faults = chosen_faults(load.faults, has_hosts=False)
         instance = options.with_shipped_model()
         async with own_site(instance, console, load.keep_logs, UP_FLAGS) as site:
             report = await run_soak(site, faults, load, clock, console)

@@ -131,23 +131,26 @@ class ReplaceBody(ChangeBody, kw_only=True):
 
 
 class RestartBody(ChangeBody, kw_only=True):
-    """A new process for each of `ranks` (without them: for all), one after the other. `stop`: the
-    restart that is under way goes no further."""
+    """A new process for each of `ranks` (if they are left out: for all), one after the other.
+    `stop`: the restart that is under way goes no further."""
 
     rolling: bool = True
-    ranks: Ranks = ()
+    ranks: Ranks | None = None
     stop: bool = False
     grace_s: GraceS = DEFAULT_GRACE_S
 
     def change(self, state: ClusterState) -> Change:
         if self.stop:
-            if self.ranks:
+            if self.ranks is not None:
                 raise RequestError("stop ends the whole restart: leave ranks out", param="ranks")
             return StopRestart()
         if not self.rolling:
             message = "only a rolling restart serves meanwhile: leave rolling out, or pass true"
             raise RequestError(message, param="rolling")
-        return RestartRanks(ranks=_ranks(self.ranks), grace_s=self.grace_s)
+        if self.ranks == ():
+            message = "ranks names none: leave it out to restart all"
+            raise RequestError(message, param="ranks")
+        return RestartRanks(ranks=_ranks(self.ranks or ()), grace_s=self.grace_s)
 
 
 class PauseBody(ChangeBody, kw_only=True):

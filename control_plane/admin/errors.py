@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 import msgspec
 from aiohttp import web
 
@@ -54,8 +56,11 @@ def error_response(error: StarfishError) -> web.Response:
 
 def http_error_response(error: web.HTTPException) -> web.Response:
     """For a request that the HTTP library rejects."""
+    message = error.reason
+    if error.status == HTTPStatus.NOT_FOUND:
+        message = "there is nothing at this path; GET /openapi.json says what there is"
     response = _response(
-        error.status, error.reason, kind="invalid_request_error", code="invalid_request"
+        error.status, message, kind="invalid_request_error", code="invalid_request"
     )
     if "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]

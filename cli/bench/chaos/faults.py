@@ -356,8 +356,9 @@ def _host_faults() -> list[Fault]:
     ]
 
 
-def chosen_faults(names: str) -> Sequence[Fault]:
-    """`names` are comma-separated; "all" are all. Raises ConfigError if one is unknown."""
+def chosen_faults(names: str, *, has_hosts: bool) -> Sequence[Fault]:
+    """`names` are comma-separated; "all" are all. Raises ConfigError if one is unknown, or named
+    and needs several hosts where there is one."""
     known = {fault.name: fault for fault in all_faults()}
     if names == "all":
         return list(known.values())
@@ -367,4 +368,8 @@ def chosen_faults(names: str) -> Sequence[Fault]:
         raise ConfigError(
             f"--faults {names!r}: pass all, or some of {', '.join(known)}, comma-separated"
         )
+    of_hosts = {fault.name for fault in _host_faults()}
+    impossible = [] if has_hosts else [name for name in wanted if name in of_hosts]
+    if impossible:
+        raise ConfigError(f"--faults {', '.join(impossible)}: pass --hosts 3 too, as root")
     return [known[name] for name in wanted]

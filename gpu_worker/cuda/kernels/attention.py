@@ -2,9 +2,9 @@
 the merge of the splits. With a window, splits that lie wholly before it are neither read nor
 merged.
 
-The cache is `k_BJUD` and `v_BJUD`, in a format of `cached_values`. A *tile* is one or more tokens of one sequence at rising
-positions, so that a prefill chunk reads each key once per tile. A row position of -1 means that the
-row has no token.
+The cache is `k_BJUD` and `v_BJUD`, in a format of `cached_values`. A *tile* is one or more tokens
+of one sequence at rising positions, so that a prefill chunk reads each key once per tile. A row
+position of -1 means that the row has no token.
 
 If there are few sequences with one token each, attention is one kernel. Each program rotates its
 own queries. Only the program that stores a new key and value reads it. The last program of a span

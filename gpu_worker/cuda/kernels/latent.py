@@ -3,11 +3,10 @@ queries into the latent space and sums out of it; and attention there, in splits
 
 The cache holds each token's normed latent `latent_BUR`, in a format of `cached_values`, and its
 rotated shared key `key_BUW`, always in the model's own: a rounded angle would be wrong by more the
-further it is away. All heads read the same rows. Each row is its own tile, in prefill as in decode, so the model alone
-determines the shape of every dot product and sum. More shape letters: A heads, R rank of the
-latent, M rank of the queries' latent, F the unrotated size of a head's query, W the rotated size,
-G the size of a head's value.
-"""
+further it is away. All heads read the same rows. Each row is its own tile, in prefill as in decode,
+so the model alone determines the shape of every dot product and sum. More shape letters: A heads, R
+rank of the latent, M rank of the queries' latent, F the unrotated size of a head's query, W the
+rotated size, G the size of a head's value."""
 
 from __future__ import annotations
 

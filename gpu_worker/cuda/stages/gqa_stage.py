@@ -39,7 +39,8 @@ class GqaStage:
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         """Steps that are not in tiles have at most `decode_rows_max` rows. `windows` are those of
-        the layers; 0: none. `kv_dtype`: see `kernels.cached_values`. Raises ValueError for a cache that kernels cannot address."""
+        the layers; 0: none. `kv_dtype`: see `kernels.cached_values`. Raises ValueError for a cache
+        that kernels cannot address."""
         self._shape = shape
         self._weights = weights
         self._kinds = [

@@ -63,7 +63,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         ("drain host-1", "drain", {"node": "host-1", "grace_s": 30.0}),
         ("undrain 2", "undrain", {"rank": 2}),
         ("replace 2 --node b", "replace", {"rank": 2, "node": "b", "grace_s": 30.0}),
-        ("restart --rolling", "restart", {"rolling": True, "ranks": [], "grace_s": 30.0}),
+        ("restart --rolling", "restart", {"rolling": True, "grace_s": 30.0}),
         (
             "restart --rolling --rank 1",
             "restart",

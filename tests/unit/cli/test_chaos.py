@@ -110,11 +110,19 @@ def test_a_signal_reaches_only_a_process_with_the_mark(tmp_path: Path) -> None:
 def test_faults_are_chosen_by_name() -> None:
     names = [fault.name for fault in all_faults()]
     assert len(names) == len(set(names))
-    assert [fault.name for fault in chosen_faults("all")] == names
-    assert [f.name for f in chosen_faults("stop-rank, kill-rank")] == ["stop-rank", "kill-rank"]
+    assert [fault.name for fault in chosen_faults("all", has_hosts=False)] == names
+    chosen = chosen_faults("stop-rank, kill-rank", has_hosts=False)
+    assert [fault.name for fault in chosen] == ["stop-rank", "kill-rank"]
     for wrong in ("kill-everything", "", "kill-rank,x"):
         with pytest.raises(ConfigError, match="kill-two-ranks"):
-            chosen_faults(wrong)
+            chosen_faults(wrong, has_hosts=True)
+
+
+def test_faults_that_need_several_hosts_are_refused_before_an_instance_starts() -> None:
+    names = "kill-rank, kill-host, partition-ranks"
+    assert len(chosen_faults(names, has_hosts=True)) == 3
+    with pytest.raises(ConfigError, match=r"kill-host, partition-ranks: pass --hosts 3"):
+        chosen_faults(names, has_hosts=False)
 
 
 def test_every_fault_is_in_the_docs() -> None:

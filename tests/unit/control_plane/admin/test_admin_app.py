@@ -145,6 +145,7 @@ async def test_what_cannot_be_is_refused_and_says_what_would_be_needed(
         ("/v1/scale", {"ranks": 0}, "`$.ranks`"),
         ("/v1/restart", {"rolling": False}, "rolling"),
         ("/v1/restart", {"stop": True, "ranks": [1]}, "leave ranks out"),
+        ("/v1/restart", {"ranks": []}, "ranks names none"),
         ("/v1/pause", {"request_id": "a b"}, "`$.request_id`"),
         ("/scale_elastic_ep", {}, "new_data_parallel_size"),
         ("/scale_elastic_ep", {"new_data_parallel_size": 0}, "new_data_parallel_size"),
@@ -166,6 +167,12 @@ async def test_what_is_malformed_is_named(
     assert (answer.status, answer.body["error"]["type"]) == (400, "invalid_request_error")
     assert said in answer.message
     assert control.state.desired == before
+
+
+async def test_a_path_that_is_none_says_where_the_paths_stand(client: AdminClient) -> None:
+    answer = await client.post("/v1/nothing", {})
+    assert answer.status == 404
+    assert "/openapi.json" in answer.message
 
 
 async def test_scale_says_which_ranks_come_and_go(
