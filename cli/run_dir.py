@@ -4,6 +4,7 @@ without flags."""
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from shared.secret import read_secret
 STATE_FILE = "starfish.json"
 SECRET_FILE = "secret"
 ADMIN_TOKEN_FILE = "admin-token"
+LOCK_FILE = "lock"  # held as long as `starfish up` runs from the folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,21 @@ def read_state(run_dir: Path) -> RunState | None:
         raise ConfigError(f"{run_dir / STATE_FILE} is malformed: {error}; delete it") from error
 
 
+def is_starting(run_dir: Path) -> bool:
+    """Whether `starfish up` runs from there, without a state file yet, or any more."""
+    try:
+        fd = os.open(run_dir / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def resolve_target(
     *,
     store: EtcdOptions | None,
@@ -162,6 +179,10 @@ def resolve_target(
         return Target(store=store, instance=name, secret_file=secret_file)
     folder = run_dir or default_run_dir(name)
     state = read_state(folder)
+    if state is None and is_starting(folder):
+        raise ConfigError(
+            f"the instance in {folder} is starting, or about to end; ask again in a moment"
+        )
     if state is None:
         hint = "" if run_dir else _others(folder)
         raise ConfigError(

@@ -7,12 +7,11 @@ import fcntl
 import os
 from pathlib import Path
 
-from cli.run_dir import ADMIN_TOKEN_FILE, SECRET_FILE, STATE_FILE
+from cli.run_dir import ADMIN_TOKEN_FILE, LOCK_FILE, SECRET_FILE, STATE_FILE
 from shared.errors import ConfigError
 from shared.private_folder import PrivateFolder
 from shared.secret import create_secret
 
-_LOCK_FILE = "lock"
 PARTS = (STATE_FILE, SECRET_FILE, ADMIN_TOKEN_FILE, "etcd", "mps")
 """What a run creates in its folder, apart from its logs and its lock."""
 
@@ -57,7 +56,7 @@ class RunFolder:
 
     def _lock(self) -> int:
         """Ends with this process."""
-        fd = self._folder.open_file(_LOCK_FILE)
+        fd = self._folder.open_file(LOCK_FILE)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -78,7 +77,7 @@ class RunFolder:
             return
         self._is_removed = True
         self._remove_parts(keep_logs=keep_logs)
-        self._folder.remove_part(_LOCK_FILE)
+        self._folder.remove_part(LOCK_FILE)
         os.close(self._lock_fd)
         if not keep_logs and self.is_default:
             self._folder.remove()

@@ -54,3 +54,12 @@ def test_a_garbled_state_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "starfish.json").write_text("{")
     with pytest.raises(ConfigError, match=r"starfish\.json"):
         read_state(tmp_path)
+
+
+def test_an_instance_that_is_starting_is_said_to_be(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", is_default=False)
+    with pytest.raises(ConfigError, match="is starting"):
+        resolve_target(store=None, instance=None, run_dir=folder.path)
+    folder.remove_files(keep_logs=False)
+    with pytest.raises(ConfigError, match="no instance runs from"):
+        resolve_target(store=None, instance=None, run_dir=folder.path)
