@@ -4,7 +4,6 @@ without flags."""
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from shared.secret import read_secret
 STATE_FILE = "starfish.json"
 SECRET_FILE = "secret"
 ADMIN_TOKEN_FILE = "admin-token"
-LOCK_FILE = "lock"  # held as long as `starfish up` runs from the folder
+LOCK_FILE = "lock"  # with the pid of the `starfish up` that runs from the folder and holds it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,18 +150,15 @@ def read_state(run_dir: Path) -> RunState | None:
 
 
 def is_starting(run_dir: Path) -> bool:
-    """Whether `starfish up` runs from there, without a state file yet, or any more."""
+    """Whether `starfish up` runs from there, without a state file yet, or any more. The lock is
+    left alone: whoever tries it takes it from one that starts in this moment."""
     try:
         fd = os.open(run_dir / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    with os.fdopen(fd, "rb") as file:
+        pid = file.read(32).decode(errors="replace").strip()
+    return pid.isdecimal() and Path(f"/proc/{pid}").exists()
 
 
 def resolve_target(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.run_dir import (
+    LOCK_FILE,
     RunState,
     Target,
     default_run_dir,
@@ -61,5 +62,8 @@ def test_an_instance_that_is_starting_is_said_to_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is starting"):
         resolve_target(store=None, instance=None, run_dir=folder.path)
     folder.remove_files(keep_logs=False)
+    with pytest.raises(ConfigError, match="no instance runs from"):
+        resolve_target(store=None, instance=None, run_dir=folder.path)
+    (folder.path / LOCK_FILE).write_text(f"{2**22 + 1}\n")  # no process has so high a number
     with pytest.raises(ConfigError, match="no instance runs from"):
         resolve_target(store=None, instance=None, run_dir=folder.path)
