@@ -46,7 +46,8 @@ class GqaFamily:
 
     def __init__(self, spec: ModelSpec) -> None:
         raw = spec.raw
-        raise_if_unsupported(spec, {f"activation {raw.get('hidden_act')!r}": not _is_silu(raw)})
+        act = raw.get("hidden_act")
+        raise_if_unsupported(spec, {f"activation {act!r} (hidden_act)": not _is_silu(raw)})
         self.spec = spec
         self.rope = read_rope(raw, kinds=self.rope_kinds, may_be_partial=self.rotates_partly)
         self.norm_eps = float(raw.get("rms_norm_eps", 1e-6))

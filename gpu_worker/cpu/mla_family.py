@@ -52,8 +52,8 @@ class MlaFamily:
         raise_if_unsupported(
             spec,
             {
-                f"activation {act!r}": act != "silu",
-                "biases in MLPs": bool(raw.get("mlp_bias", False)),
+                f"activation {act!r} (hidden_act)": act not in ("silu", "swish"),
+                "biases in MLPs (mlp_bias)": bool(raw.get("mlp_bias", False)),
             },
         )
         self.spec = spec

@@ -117,7 +117,7 @@ def raise_if_unsupported_on_cuda(reasons: Mapping[str, bool]) -> None:
 def raise_if_not_silu(spec: ModelSpec) -> None:
     """Raises CheckpointError if MLPs have another activation."""
     act = spec.raw.get("hidden_act", "silu")
-    raise_if_unsupported_on_cuda({f"activation {act!r}": act not in ("silu", "swish")})
+    raise_if_unsupported_on_cuda({f"activation {act!r} (hidden_act)": act not in ("silu", "swish")})
 
 
 def check_tiles(sizes: DecoderSizes) -> None:
