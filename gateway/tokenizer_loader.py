@@ -46,7 +46,7 @@ def load_tokenizer(folder: Path, clock: Clock, options: TokenizerOptions) -> Mod
     normalised = {
         token_id: decoder.bytes_of(shown).decode(errors="replace")
         for token_id, token in added.items()
-        if (shown := tokenizer.id_to_token(token_id)) != token.content
+        if (shown := tokenizer.id_to_token(token_id) or token.content) != token.content
     }
     texts = {token_id: token.content for token_id, token in added.items()} | normalised
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)

@@ -216,9 +216,10 @@ _NULLABLE = {
     *("q_lora_rank", "topk_method", "norm_topk_prob", "rope_interleave", "sliding_window"),
     *("num_key_value_heads", "n_group", "topk_group", "partial_rotary_factor", "rope_parameters"),
     "rope_theta",  # beside that of the scaling
+    *("n_routed_experts", "n_shared_experts"),  # DeepSeek's own code: none
 }
-"""Keys with a default other than null that may be null, which means none. For all others null is no
-value in transformers either."""
+"""Keys with a default other than null that may be null. For all others null is no value in
+transformers either."""
 
 _TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
@@ -263,20 +264,22 @@ def _check_value(key: str, value: Any, default: Any) -> None:
                 f"config.json: malformed {key}=null; leave it out for its default"
             )
         return
-    if key in _LISTS:
-        types, wanted = (list,), "a list"
-    elif default is None:
-        types, wanted = _TYPES[float]
-    elif type(default) in _TYPES:
-        types, wanted = _TYPES[type(default)]
-    else:
-        return  # read_rope checks it
+    types, wanted = _wanted(key, default)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise CheckpointError(f"config.json has {key}={value!r:.60}, which is not {wanted}")
-    if key in _POSITIVE and value <= 0:
+    if key in _POSITIVE and isinstance(value, int | float) and value <= 0:
         raise CheckpointError(
             f"config.json has {key}={value!r:.60}, which is not above 0; null: none"
         )
+
+
+def _wanted(key: str, default: Any) -> tuple[tuple[type, ...], str]:
+    """The types of a key's value, and what they are called."""
+    if key in _LISTS:
+        return (list,), "a list"
+    if default is None:
+        return _TYPES[float]
+    return _TYPES.get(type(default), ((object,), "anything"))  # read_rope checks objects
 
 
 def _without_empty_rope(config: Mapping[str, Any]) -> Config:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
 from gpu_worker.checkpoint.common_tensors import (
-    EMBEDDING_NAME,
     FINAL_NORM_NAME,
     common_tensor_shapes,
     dense_size,
@@ -17,6 +16,7 @@ from gpu_worker.checkpoint.common_tensors import (
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_NONE, GqaShape, gqa_shapes, read_gqa_shape
 from gpu_worker.checkpoint.mlp_names import USUAL_NAMES, MlpNames, mlp_shapes
 from gpu_worker.checkpoint.rope import read_rope
+from gpu_worker.checkpoint.tied_head import EMBEDDING_NAME
 from gpu_worker.cpu.attention_gqa import GqaAttention, GqaScratch, read_gqa
 from gpu_worker.cpu.expert_slots import MlpSlot
 from gpu_worker.cpu.family import Attention, DenseLayer, KvShape, MoeLayer, Router

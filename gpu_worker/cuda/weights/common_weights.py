@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from gpu_worker.checkpoint.common_tensors import (
-    EMBEDDING_NAME,
     FINAL_NORM_NAME,
     dense_size,
     head_name,
@@ -14,6 +13,7 @@ from gpu_worker.checkpoint.common_tensors import (
 from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.checkpoint.rope import read_rope
+from gpu_worker.checkpoint.tied_head import EMBEDDING_NAME
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes, Routing
 from gpu_worker.cuda.weights.decoder_weights import (
     DecoderWeights,
