@@ -266,14 +266,28 @@ def test_a_template_that_refuses_is_the_requests_fault(source: str) -> None:
         "{{ messages.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{{ ''.format.__globals__ }}",
-        "{{ namespace(_a=1) }}",
-        "{{ namespace({'__call__': 1}) }}",
-        "{% set ns = namespace(a=1) %}{% set ns.__iter__ = 1 %}",
     ],
 )
 def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
     with pytest.raises(RequestError):
         render(source + "{{ raise_exception('empty') }}", [user()])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ namespace(_a=1) }}",
+        "{{ namespace({'__call__': 1}) }}",
+        "{% set ns = namespace(a=1) %}{% set ns.__iter__ = 1 %}",
+    ],
+)
+def test_a_namespace_has_no_names_of_pythons_own(source: str) -> None:
+    with pytest.raises(RequestError, match="underscore"):
+        render(source, [user()])
+
+
+def test_a_namespace_takes_any_other_name() -> None:
+    assert render("{% set ns = namespace(self=1, a=2) %}{{ ns.self + ns.a }}", [user()]) == "3"
 
 
 @pytest.mark.parametrize("source", ["{{ 10 ** 5000 }}", "{% if %}", "{{ " + "(" * 9_000])
