@@ -62,7 +62,7 @@ class ChatTemplate:
         self._clock = clock
         try:
             self._template = self._environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except _FAILURES as error:  # constants are computed while it compiles
             raise CheckpointError(f"the chat template does not compile: {error}") from error
         self._forms = find_forms(self._probe)
         self.reads = frozenset(meta.find_undeclared_variables(self._environment.parse(source)))

@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 
 def template_environment(wall: Callable[[], float]) -> jinja2.Environment:
@@ -30,12 +32,32 @@ def template_environment(wall: Callable[[], float]) -> jinja2.Environment:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = strftime_now
+    environment.globals["namespace"] = _PlainNamespace
     return environment
 
 
 def spelt_date(wall: float, form: str) -> str:
     """In local time."""
     return datetime.fromtimestamp(wall).strftime(form)
+
+
+class _PlainNamespace(Namespace):
+    """Jinja's, without names that begin with an underscore, as in transformers: Python may look
+    for such an attribute, and would find the template's."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that a template may use any name
+        self, *values = args
+        Namespace.__init__(self, _checked_names(dict(*values, **kwargs)))
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(*next(iter(_checked_names({name: value}).items())))
+
+
+def _checked_names(values: dict[str, Any]) -> dict[str, Any]:
+    for name in values:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace cannot have {name!r}: it begins with an underscore")
+    return values
 
 
 class _GenerationTag(Extension):

@@ -17,8 +17,15 @@ from shared.model_spec import read_json
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
-_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""Of the special tokens that have a name: `bos_token` and so on."""
+_USUAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+"""Names of special tokens that every model may have."""
+
+_EXTRA, _OWN = "extra_special_tokens", "model_specific_special_tokens"
+_TOKEN_TYPE = "AddedToken"
+
+_CLEANS_UP = "clean_up_tokenization_spaces"
+_EVEN_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+"""With both, transformers takes out spaces before punctuation. The first alone does nothing."""
 
 _OTHER_FORMATS = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt")
 
@@ -26,7 +33,7 @@ _OTHER_FORMATS = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.jso
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFiles:
     """`tokenizer` neither truncates nor pads. `plain` is tokenizer.json as it is. `names` are the
-    texts of the special tokens by name (`eos_token`)."""
+    texts of the special tokens by name (`eos_token`, or a name of the model's own)."""
 
     tokenizer: Tokenizer
     plain: Mapping[str, Any]
@@ -43,12 +50,17 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         tokenizer = Tokenizer.from_buffer(raw)
     except Exception as error:
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+    config = read_config(folder)
+    if tokenizer.padding is not None:
+        config.setdefault("pad_token", tokenizer.padding["pad_token"])
     # What was saved is the setting of whoever trained it. Limits are the gateway's.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config = read_config(folder)
-    named = _named_tokens(config)
+    if config.get(_CLEANS_UP) and config.get(_EVEN_BPE):
+        raise CheckpointError(f"{folder / CONFIG_FILE} has {_EVEN_BPE}, which is not served")
+    tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
     try:
+        named = _named_tokens(config)
         tokenizer.add_tokens(list(_tokens_to_add(folder, tokenizer, plain, config, named)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: malformed added tokens: {error}") from error
@@ -57,12 +69,37 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json; without tokens in it, special_tokens_map.json counts, too. Raises
+    """tokenizer_config.json; without tokens in it, special_tokens_map.json counts, too. Names of
+    the model's own for special tokens are in `model_specific_special_tokens`. Raises
     CheckpointError."""
     config = _optional_json(folder, CONFIG_FILE)
-    if "added_tokens_decoder" not in config:
-        config |= _optional_json(folder, "special_tokens_map.json")
-    return config
+    own = [key for key in config if _is_own_name(key) and isinstance(config[key], str)]
+    if own or isinstance(config.get(_EXTRA), Mapping):
+        config[_OWN] = {key: config.pop(key) for key in own}
+    config = _with_own_names(config)
+    if "added_tokens_decoder" in config:
+        return config
+    older = _optional_json(folder, "special_tokens_map.json")
+    older = {key: _as_token(value) for key, value in older.items()}
+    first, more = config.get(_EXTRA) or [], older.get(_EXTRA)
+    if isinstance(more, list):
+        older[_EXTRA] = [*first, *(token for token in more if token not in first)]
+    return _with_own_names(config | older)
+
+
+def _with_own_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A dict of extra tokens names them."""
+    extra = config.get(_EXTRA)
+    if not isinstance(extra, Mapping):
+        return dict(config)
+    rest = {key: value for key, value in config.items() if key != _EXTRA}
+    return rest | {_OWN: {**config.get(_OWN, {}), **extra}}
+
+
+def _as_token(value: Any) -> Any:
+    """special_tokens_map.json does not say the type of an object."""
+    is_token = isinstance(value, Mapping) and "content" in value
+    return {"__type": _TOKEN_TYPE, **value} if is_token else value
 
 
 def _read(path: Path) -> bytes:
@@ -83,8 +120,32 @@ def _optional_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = (f"{name}_token" for name in _NAMES)
-    return {key: config[key] for key in keys if config.get(key) is not None}
+    """Those that every model may have, then the model's own: each key that ends with `_token` and
+    whose value is one."""
+    named = {key: config[key] for key in _USUAL if config.get(key) is not None}
+    own = [key for key in config if _is_own_name(key) and _is_token(config[key])]
+    named |= {key: config[key] for key in own}
+    named |= config.get(_OWN) or {}
+    for key, token in named.items():
+        _check_token(key, token)
+    return named
+
+
+def _is_own_name(key: str) -> bool:
+    return key.endswith("_token") and key not in _USUAL
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, Mapping) and value.get("__type") == _TOKEN_TYPE
+    )
+
+
+def _check_token(key: str, token: Any) -> None:
+    """Raises TypeError."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str):
+        raise TypeError(f"{key} is {token!r:.60}, which is no token")
 
 
 def _text(token: Any) -> str:
@@ -118,6 +179,8 @@ def _declared_tokens(
 ) -> dict[int, AddedToken]:
     declared = config.get("added_tokens_decoder")
     if declared is not None:
+        if not all(isinstance(entry, Mapping) for entry in declared.values()):
+            raise TypeError("added_tokens_decoder must hold objects")
         return {int(token_id): _added_token(entry) for token_id, entry in declared.items()}
     tokens = {
         int(token_id): AddedToken(text, normalized=text not in special, special=text in special)
@@ -130,8 +193,10 @@ def _declared_tokens(
 
 
 def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    return list(extra.values()) if isinstance(extra, Mapping) else list(extra)
+    extra = config.get(_EXTRA) or config.get("additional_special_tokens") or []
+    for token in extra:
+        _check_token(_EXTRA, token)
+    return list(extra)
 
 
 def _added_token(entry: Any, *, special: bool = False) -> AddedToken:

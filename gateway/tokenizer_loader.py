@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from gateway.chat_templates import DEFAULT, ChatTemplates, read_template, read_template_sources
 from gateway.detokenizer import TokenBytes
@@ -40,16 +40,35 @@ def load_tokenizer(folder: Path, clock: Clock, options: TokenizerOptions) -> Mod
         sources = read_template_sources(folder, files.config)
     templates = ChatTemplates(sources, files.names, clock)
     added = tokenizer.get_added_tokens_decoder()
-    special = {token_id: token.content for token_id, token in added.items() if token.special}
+    special_ids = {
+        token_id for token_id, token in added.items() if _is_skipped(tokenizer, token_id, token)
+    }
+    normalised = {
+        token_id: decoder.bytes_of(shown).decode(errors="replace")
+        for token_id, token in added.items()
+        if (shown := tokenizer.id_to_token(token_id) or token.content) != token.content
+    }
+    texts = {token_id: token.content for token_id, token in added.items()} | normalised
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    token_bytes = TokenBytes(vocabulary, special.keys(), decoder)
+    token_bytes = TokenBytes(vocabulary, special_ids, decoder).showing(
+        {token_id: text for token_id, text in normalised.items() if token_id not in special_ids}
+    )
     return ModelTokenizer(
         _encoder(files, templates, trusts=options.trust_special_tokens),
         templates,
         token_bytes,
-        token_bytes.showing(special),
+        token_bytes.showing({token_id: texts[token_id] for token_id in special_ids}),
         {token.content: token_id for token_id, token in added.items()},
     )
+
+
+def _is_skipped(tokenizer: Tokenizer, token_id: int, token: AddedToken) -> bool:
+    """Whether a text without special tokens lacks this added one. Its flag alone does not say it:
+    what a file once called special stays so, and a token that the normaliser changes is none."""
+    if tokenizer.decode([token_id], skip_special_tokens=True):
+        return False
+    shown = tokenizer.decode([token_id], skip_special_tokens=False)
+    return bool(shown) or token.special
 
 
 def _encoder(files: TokenizerFiles, templates: ChatTemplates, *, trusts: bool) -> PromptEncoder:

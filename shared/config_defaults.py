@@ -212,6 +212,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Keys of other families that no family here reads. Besides null, the values that mean nothing."""
 
+_NULLABLE = {
+    *("q_lora_rank", "topk_method", "norm_topk_prob", "rope_interleave", "sliding_window"),
+    *("num_key_value_heads", "n_group", "topk_group", "partial_rotary_factor", "rope_parameters"),
+    "rope_theta",  # beside that of the scaling
+    *("n_routed_experts", "n_shared_experts"),  # DeepSeek's own code: none
+}
+"""Keys with a default other than null that may be null. For all others null is no value in
+transformers either."""
+
+_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+}
+_POSITIVE = ("sliding_window", "clip_qkv")
+_LISTS = ("layer_types", "mlp_layer_types", "mlp_only_layers")
+
 
 def complete_config(architecture: str, config: Mapping[str, Any]) -> Config:
     """Raises CheckpointError for a key that is not understood."""
@@ -222,9 +240,51 @@ def complete_config(architecture: str, config: Mapping[str, Any]) -> Config:
                 f"config.json has {key}={value!r:.60}, which changes the model's arithmetic and "
                 f"which Starfish does not serve for {architecture}"
             )
-    present = set(config)
-    for names in _SAME_VALUE:
-        if any(config.get(name) is not None for name in names):
-            present |= set(names)
+    if config.get("is_causal", True) is not True:
+        raise CheckpointError(
+            f"config.json has is_causal={config['is_causal']!r:.60}; attention is causal here"
+        )
     defaults = CONFIG_DEFAULTS[architecture]
-    return {key: value for key, value in defaults.items() if key not in present} | dict(config)
+    for key in defaults.keys() & config.keys():
+        _check_value(key, config[key], defaults[key])
+    given = _without_empty_rope(config)
+    present = set(given)
+    for names in _SAME_VALUE:
+        if any(given.get(name) is not None for name in names):
+            present |= set(names)
+    return {key: value for key, value in defaults.items() if key not in present} | given
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+    """Raises CheckpointError if the value is not of the default's type: a text "false" would count
+    as true, and null as whatever the code that reads it takes it for."""
+    if value is None:
+        if default is not None and key not in _NULLABLE:
+            raise CheckpointError(
+                f"config.json: malformed {key}=null; leave it out for its default"
+            )
+        return
+    types, wanted = _wanted(key, default)
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise CheckpointError(f"config.json has {key}={value!r:.60}, which is not {wanted}")
+    if key in _POSITIVE and isinstance(value, int | float) and value <= 0:
+        raise CheckpointError(
+            f"config.json has {key}={value!r:.60}, which is not above 0; null: none"
+        )
+
+
+def _wanted(key: str, default: Any) -> tuple[tuple[type, ...], str]:
+    """The types of a key's value, and what they are called."""
+    if key in _LISTS:
+        return (list,), "a list"
+    if default is None:
+        return _TYPES[float]
+    return _TYPES.get(type(default), ((object,), "anything"))  # read_rope checks objects
+
+
+def _without_empty_rope(config: Mapping[str, Any]) -> Config:
+    """As transformers: null and an empty `rope_scaling` leave the family's default, which an empty
+    `rope_parameters` replaces."""
+    is_empty = {"rope_scaling": not config.get("rope_scaling")}
+    is_empty["rope_parameters"] = config.get("rope_parameters") is None
+    return {key: value for key, value in config.items() if not is_empty.get(key, False)}

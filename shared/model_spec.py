@@ -121,6 +121,8 @@ def _moe_layers(config: dict[str, Any]) -> tuple[int, ...]:
     """All layers, except those that one of the families' settings excludes."""
     num_layers = int(config["num_hidden_layers"])
     if (kinds := config.get("mlp_layer_types")) is not None:
+        if len(kinds) < num_layers:
+            raise ValueError("mlp_layer_types, which must name a kind for each layer")
         return tuple(layer for layer in range(num_layers) if kinds[layer] == "sparse")
     dense = set(config.get("mlp_only_layers") or [])
     first = int(config.get("first_k_dense_replace") or 0)

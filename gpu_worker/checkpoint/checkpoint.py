@@ -23,6 +23,7 @@ from gpu_worker.checkpoint.shards import (
     read_tensors,
 )
 from gpu_worker.checkpoint.stored_form import MXFP4, StoredForm, check_method, find_form
+from gpu_worker.checkpoint.tied_head import check_tied_head
 from shared.errors import CheckpointError
 from shared.model_spec import read_json
 
@@ -164,6 +165,7 @@ def open_checkpoint(
     tensors, manifest = read_tensors(folder), read_manifest(folder)
     config = read_json(folder, "config.json") if (folder / "config.json").exists() else {}
     check_method(folder, config)
+    check_tied_head(config, tensors)
     forms = {
         name: find_form(folder, tensors, config, name, shape) for name, shape in shapes.items()
     }

@@ -4,15 +4,15 @@ attention and MLPs, and how an unsupported config is refused."""
 from __future__ import annotations
 
 from gpu_worker.checkpoint.checkpoint import Shape
+from gpu_worker.checkpoint.tied_head import EMBEDDING_NAME, HEAD_NAME
 from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
 
-EMBEDDING_NAME = "model.embed_tokens.weight"
 FINAL_NORM_NAME = "model.norm.weight"
 
 
 def head_name(spec: ModelSpec) -> str:
-    return EMBEDDING_NAME if spec.raw.get("tie_word_embeddings", False) else "lm_head.weight"
+    return EMBEDDING_NAME if spec.raw.get("tie_word_embeddings", False) else HEAD_NAME
 
 
 def common_tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:

@@ -3,7 +3,9 @@ checkpoint has for such layers. Knows no kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gpu_worker.checkpoint.checkpoint import Shape
 from gpu_worker.checkpoint.common_tensors import dense_size, raise_if_unsupported
@@ -37,19 +39,19 @@ def read_deepseek_routing(spec: ModelSpec, *, sigmoid: bool) -> DeepseekRouting:
     raise_if_unsupported(
         spec,
         {
-            f"routing {method!r}": method not in _METHODS[sigmoid],
-            f"routing scores by {scoring!r}": scoring != usual,
-            "normed weights of experts": normalise and not sigmoid,
+            f"routing {method!r} (topk_method)": method not in _METHODS[sigmoid],
+            f"routing scores by {scoring!r} (scoring_func)": scoring != usual,
+            "normed weights of experts (norm_topk_prob)": normalise and not sigmoid,
         },
     )
     in_groups = method != "greedy"
     try:
         routing = DeepseekRouting(
             sigmoid=sigmoid,
-            num_groups=int(raw.get("n_group") or 1) if in_groups else 1,
-            topk_group=int(raw.get("topk_group") or 1) if in_groups else 1,
+            num_groups=int(_given(raw, "n_group", 1)) if in_groups else 1,
+            topk_group=int(_given(raw, "topk_group", 1)) if in_groups else 1,
             normalise=normalise,
-            factor=float(raw.get("routed_scaling_factor") or 1.0),
+            factor=float(_given(raw, "routed_scaling_factor", 1.0)),
             num_shared=int(raw.get("n_shared_experts") or 0),
         )
     except (TypeError, ValueError) as error:
@@ -57,12 +59,21 @@ def read_deepseek_routing(spec: ModelSpec, *, sigmoid: bool) -> DeepseekRouting:
     if not _groups_are_valid(routing, spec):
         raise CheckpointError(
             f"config.json: {spec.top_k} experts from {routing.topk_group} of "
-            f"{routing.num_groups} groups of {spec.num_experts} experts cannot be"
+            f"{routing.num_groups} groups of {spec.num_experts} experts cannot be "
+            "(num_experts_per_tok, topk_group, n_group)"
         )
     return routing
 
 
+def _given(raw: Mapping[str, Any], key: str, default: float) -> Any:
+    """Null is the default, and 0 is 0."""
+    value = raw.get(key)
+    return default if value is None else value
+
+
 def _groups_are_valid(routing: DeepseekRouting, spec: ModelSpec) -> bool:
+    if routing.num_groups < 1:
+        return False
     size, rest = divmod(spec.num_experts, routing.num_groups)
     if rest or not 1 <= routing.topk_group <= routing.num_groups:
         return False

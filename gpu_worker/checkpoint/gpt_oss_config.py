@@ -20,7 +20,7 @@ def read_gpt_oss_windows(spec: ModelSpec) -> list[int]:
     raw = spec.raw
     alpha, limit = raw.get("swiglu_alpha", SWIGLU_ALPHA), raw.get("swiglu_limit", SWIGLU_LIMIT)
     is_other = (alpha, limit) != (SWIGLU_ALPHA, SWIGLU_LIMIT)
-    raise_if_unsupported(spec, {f"a SwiGLU of {alpha} and {limit}": is_other})
+    raise_if_unsupported(spec, {f"swiglu_alpha={alpha} and swiglu_limit={limit}": is_other})
     kinds = read_layer_types(spec, (_SLIDING, _FULL)) or [
         _FULL if layer % 2 else _SLIDING for layer in range(spec.num_layers)
     ]

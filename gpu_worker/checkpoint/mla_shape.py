@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gpu_worker.checkpoint.checkpoint import Shape
 from gpu_worker.checkpoint.common_tensors import read_layer_types
+from shared.config_defaults import CONFIG_DEFAULTS
 from shared.errors import CheckpointError
 from shared.model_spec import ModelSpec
 
@@ -49,7 +50,7 @@ def read_mla_shape(spec: ModelSpec, *, has_indexer: bool) -> MlaShape:
             v_head_dim=int(raw["v_head_dim"]),
             rank=int(raw["kv_lora_rank"]),
             q_lora_rank=int(raw.get("q_lora_rank") or 0),
-            interleaved=bool(raw.get("rope_interleave", True)),
+            interleaved=_is_interleaved(spec),
             num_index_heads=int(raw["index_n_heads"]) if has_indexer else 0,
             index_head_dim=int(raw["index_head_dim"]) if has_indexer else 0,
             index_top_k=int(raw["index_topk"]) if has_indexer else 0,
@@ -74,6 +75,12 @@ def read_mla_shape(spec: ModelSpec, *, has_indexer: bool) -> MlaShape:
     if has_indexer and (shape.q_lora_rank < 1 or shape.index_head_dim < shape.qk_rope_head_dim):
         raise CheckpointError("config.json: the indexer's sizes cannot be")
     return shape
+
+
+def _is_interleaved(spec: ModelSpec) -> bool:
+    """As in transformers, only a family that has the key reads it."""
+    has_key = "rope_interleave" in CONFIG_DEFAULTS[spec.architecture]
+    return bool(spec.raw["rope_interleave"]) if has_key else True
 
 
 def mla_shapes(prefix: str, shape: MlaShape, *, bias: bool = False) -> dict[str, Shape]:

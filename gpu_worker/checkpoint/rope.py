@@ -75,7 +75,7 @@ def read_rope(
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
     if kind not in kinds:
         raise CheckpointError(
-            f"config.json asks for rope scaling {kind!r}, which Starfish does not serve"
+            f"config.json asks for rope scaling {kind!r} (rope_type), which Starfish does not serve"
         )
     for key in scaling:
         if key not in _KNOWN_KEYS:
@@ -101,7 +101,7 @@ def _read(raw: Mapping[str, Any], scaling: Mapping[str, Any], kind: str) -> Rope
     if kind == "yarn":
         scaling["factor"]  # has no default
     return Rope(
-        theta=float(scaling.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+        theta=float(scaling.get("rope_theta") or raw.get("rope_theta", 10_000.0)),
         kind=kind,
         scaling={**scaling, _TRAINED: int(trained)},
         context_tokens_max=context_tokens_max,

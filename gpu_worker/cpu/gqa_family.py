@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
 from gpu_worker.checkpoint.common_tensors import (
-    EMBEDDING_NAME,
     FINAL_NORM_NAME,
     common_tensor_shapes,
     dense_size,
@@ -17,6 +16,7 @@ from gpu_worker.checkpoint.common_tensors import (
 from gpu_worker.checkpoint.gqa_shape import QK_NORM_NONE, GqaShape, gqa_shapes, read_gqa_shape
 from gpu_worker.checkpoint.mlp_names import USUAL_NAMES, MlpNames, mlp_shapes
 from gpu_worker.checkpoint.rope import read_rope
+from gpu_worker.checkpoint.tied_head import EMBEDDING_NAME
 from gpu_worker.cpu.attention_gqa import GqaAttention, GqaScratch, read_gqa
 from gpu_worker.cpu.expert_slots import MlpSlot
 from gpu_worker.cpu.family import Attention, DenseLayer, KvShape, MoeLayer, Router
@@ -46,7 +46,8 @@ class GqaFamily:
 
     def __init__(self, spec: ModelSpec) -> None:
         raw = spec.raw
-        raise_if_unsupported(spec, {f"activation {raw.get('hidden_act')!r}": not _is_silu(raw)})
+        act = raw.get("hidden_act")
+        raise_if_unsupported(spec, {f"activation {act!r} (hidden_act)": not _is_silu(raw)})
         self.spec = spec
         self.rope = read_rope(raw, kinds=self.rope_kinds, may_be_partial=self.rotates_partly)
         self.norm_eps = float(raw.get("rms_norm_eps", 1e-6))

@@ -9,7 +9,6 @@ import numpy as np
 
 from gpu_worker.checkpoint.checkpoint import Checkpoint, Shape
 from gpu_worker.checkpoint.common_tensors import (
-    EMBEDDING_NAME,
     FINAL_NORM_NAME,
     common_tensor_shapes,
     head_name,
@@ -17,6 +16,7 @@ from gpu_worker.checkpoint.common_tensors import (
 )
 from gpu_worker.checkpoint.mla_shape import indexer_shapes, mla_shapes, read_mla_shape
 from gpu_worker.checkpoint.rope import read_rope
+from gpu_worker.checkpoint.tied_head import EMBEDDING_NAME
 from gpu_worker.cpu.attention_mla import (
     IndexerWeights,
     MlaAttention,
@@ -52,8 +52,8 @@ class MlaFamily:
         raise_if_unsupported(
             spec,
             {
-                f"activation {act!r}": act != "silu",
-                "biases in MLPs": bool(raw.get("mlp_bias", False)),
+                f"activation {act!r} (hidden_act)": act not in ("silu", "swish"),
+                "biases in MLPs (mlp_bias)": bool(raw.get("mlp_bias", False)),
             },
         )
         self.spec = spec

@@ -8,8 +8,9 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_worker.checkpoint.common_tensors import EMBEDDING_NAME, FINAL_NORM_NAME, head_name
+from gpu_worker.checkpoint.common_tensors import FINAL_NORM_NAME, head_name
 from gpu_worker.checkpoint.draft_tensors import DraftNames
+from gpu_worker.checkpoint.tied_head import EMBEDDING_NAME
 from shared.model_spec import ModelSpec
 
 _WEAK = np.float32(0.02)

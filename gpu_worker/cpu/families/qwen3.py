@@ -13,7 +13,7 @@ class Qwen3(GqaFamily):
 
     def __init__(self, spec: ModelSpec) -> None:
         windowed = bool(spec.raw.get("use_sliding_window", False))
-        raise_if_unsupported(spec, {"sliding-window attention": windowed})
+        raise_if_unsupported(spec, {"sliding-window attention (use_sliding_window)": windowed})
         read_layer_types(spec, ("full_attention",))
         super().__init__(spec)
 

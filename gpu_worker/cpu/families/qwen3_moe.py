@@ -15,7 +15,9 @@ class Qwen3Moe(GqaFamily):
         raise_if_unsupported(
             spec,
             {
-                "sliding-window attention": bool(spec.raw.get("use_sliding_window", False)),
+                "sliding-window attention (use_sliding_window)": bool(
+                    spec.raw.get("use_sliding_window", False)
+                ),
                 "a model without expert layers": not spec.moe_layers,
             },
         )

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from gpu_worker.checkpoint.common_tensors import (
-    EMBEDDING_NAME,
     FINAL_NORM_NAME,
     dense_size,
     head_name,
@@ -14,6 +13,7 @@ from gpu_worker.checkpoint.common_tensors import (
 from gpu_worker.checkpoint.gqa_shape import GqaShape
 from gpu_worker.checkpoint.mla_shape import MlaShape
 from gpu_worker.checkpoint.rope import read_rope
+from gpu_worker.checkpoint.tied_head import EMBEDDING_NAME
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes, Routing
 from gpu_worker.cuda.weights.decoder_weights import (
     DecoderWeights,
@@ -117,7 +117,7 @@ def raise_if_unsupported_on_cuda(reasons: Mapping[str, bool]) -> None:
 def raise_if_not_silu(spec: ModelSpec) -> None:
     """Raises CheckpointError if MLPs have another activation."""
     act = spec.raw.get("hidden_act", "silu")
-    raise_if_unsupported_on_cuda({f"activation {act!r}": act not in ("silu", "swish")})
+    raise_if_unsupported_on_cuda({f"activation {act!r} (hidden_act)": act not in ("silu", "swish")})
 
 
 def check_tiles(sizes: DecoderSizes) -> None:

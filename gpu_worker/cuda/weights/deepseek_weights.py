@@ -18,9 +18,9 @@ def deepseek_layout(spec: ModelSpec, *, sigmoid: bool, has_indexer: bool) -> Dec
     act = raw.get("hidden_act", "silu")
     raise_if_unsupported_on_cuda(
         {
-            f"activation {act!r}": act != "silu",
-            "biases in attention": bool(raw.get("attention_bias", False)),
-            "biases in MLPs": bool(raw.get("mlp_bias", False)),
+            f"activation {act!r} (hidden_act)": act not in ("silu", "swish"),
+            "biases in attention (attention_bias)": bool(raw.get("attention_bias", False)),
+            "biases in MLPs (mlp_bias)": bool(raw.get("mlp_bias", False)),
             "a model without expert layers": not spec.moe_layers,
         }
     )

@@ -19,7 +19,9 @@ def qwen3_moe_layout(spec: ModelSpec) -> DecoderLayout:
     """Raises CheckpointError."""
     raise_if_unsupported_on_cuda(
         {
-            "sliding-window attention": bool(spec.raw.get("use_sliding_window", False)),
+            "sliding-window attention (use_sliding_window)": bool(
+                spec.raw.get("use_sliding_window", False)
+            ),
             "a model without expert layers": not spec.moe_layers,
         }
     )

@@ -21,7 +21,7 @@ def qwen3_layout(spec: ModelSpec) -> DecoderLayout:
     raw = spec.raw
     raise_if_not_silu(spec)
     windowed = bool(raw.get("use_sliding_window", False))
-    raise_if_unsupported_on_cuda({"sliding-window attention": windowed})
+    raise_if_unsupported_on_cuda({"sliding-window attention (use_sliding_window)": windowed})
     read_layer_types(spec, ("full_attention",))
     shape, mlps = read_gqa_shape(spec, QK_NORM_HEAD), SoftmaxMoe(spec)
     has_bias = bool(raw.get("attention_bias", False))

@@ -13,7 +13,7 @@ import pytest
 from gateway.chat_template import ChatOptions, ChatTemplate
 from gateway.context_limit import ContextLimit
 from shared.clock import SystemClock
-from shared.errors import RequestError
+from shared.errors import CheckpointError, RequestError
 from tests.support.fake_clock import FakeClock
 from tests.support.published_templates import (
     ONE_CALL,
@@ -262,11 +262,39 @@ def test_a_template_that_refuses_is_the_requests_fault(source: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ ''.format.__globals__ }}"],
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.format.__globals__ }}",
+    ],
 )
 def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
     with pytest.raises(RequestError):
         render(source + "{{ raise_exception('empty') }}", [user()])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ namespace(_a=1) }}",
+        "{{ namespace({'__call__': 1}) }}",
+        "{% set ns = namespace(a=1) %}{% set ns.__iter__ = 1 %}",
+    ],
+)
+def test_a_namespace_has_no_names_of_pythons_own(source: str) -> None:
+    with pytest.raises(RequestError, match="underscore"):
+        render(source, [user()])
+
+
+def test_a_namespace_takes_any_other_name() -> None:
+    assert render("{% set ns = namespace(self=1, a=2) %}{{ ns.self + ns.a }}", [user()]) == "3"
+
+
+@pytest.mark.parametrize("source", ["{{ 10 ** 5000 }}", "{% if %}", "{{ " + "(" * 9_000])
+def test_a_template_that_does_not_compile_is_the_checkpoints_fault(source: str) -> None:
+    """Jinja computes constants while it compiles."""
+    with pytest.raises(CheckpointError, match="does not compile"):
+        render(source, [user()])
 
 
 def test_messages_that_are_nested_too_deeply_are_refused() -> None:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from gateway.chat_template import ChatOptions
+from gateway.detokenizer import Detokenizer
 from gateway.text_encoder import SHORT_CHARS_MAX
 from gateway.tokenizer import ModelTokenizer
 from gateway.tokenizer_files import read_tokenizer_files
@@ -90,6 +91,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "add_eos_token": True,
     },
     "no add_bos_token": {"bos_token": "<|begin|>", "add_bos_token": False},
+    "names of the model's own": {
+        "image_token": "<img>",
+        "arm_token": {"__type": "AddedToken", "content": "<arm>", "rstrip": True},
+        "add_token": True,
+        "extra_special_tokens": {"tool_token": "<tool>", "tight_token": "<tight>"},
+        "additional_special_tokens": ["<extra>"],
+    },
+    "names in one key": {"model_specific_special_tokens": {"image_token": "<img>"}},
+    "split": {"eos_token": "<|end|>", "split_special_tokens": True},
+    "no longer special": {
+        "added_tokens_decoder": {
+            "1": {"content": "<|end|>", "special": False, "normalized": False},
+        }
+    },
     "decoder": {
         "bos_token": {"__type": "AddedToken", "content": "<|begin|>"},
         "added_tokens_decoder": {
@@ -131,21 +146,51 @@ async def test_texts_give_the_ids_of_transformers(kind: str, config: str, tmp_pa
         assert shown == reference.decode(ids, skip_special_tokens=True)
     names = read_tokenizer_files(folder).names
     named = {key: str(value) for key, value in reference.special_tokens_map.items()}
-    assert names == {key: named[key] for key in names}
+    assert names == named
     loaded.close()
 
 
-async def test_older_files_name_special_tokens(tmp_path: Path) -> None:
-    folder = write(tmp_path, TOKENIZERS["byte-level"], {})
-    (folder / "special_tokens_map.json").write_text(
-        json.dumps({"bos_token": {"content": "<eos!>"}, "additional_special_tokens": ["<x>"]})
-    )
+@pytest.mark.parametrize("config", [{}, {"x_token": "<x>", "extra_special_tokens": {"u": "<u>"}}])
+@pytest.mark.parametrize(
+    "older",
+    [
+        {"bos_token": {"content": "<eos!>"}, "additional_special_tokens": ["<x>"]},
+        {"x_token": "<z>", "w_token": {"content": "<w>"}, "eos_token": None},
+        {"extra_special_tokens": ["<x>", {"content": "<z>", "lstrip": True}]},
+        {"extra_special_tokens": {"w_token": "<w>", "u": "<z>"}},
+    ],
+)
+async def test_older_files_name_special_tokens(
+    older: dict[str, Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = write(tmp_path, TOKENIZERS["byte-level"], config)
+    (folder / "special_tokens_map.json").write_text(json.dumps(older))
     (folder / "added_tokens.json").write_text(json.dumps({"<y>": 418}))
     reference, loaded = reference_of(folder), load(folder)
-    text = "a <eos!> b <x> <y>"
+    text = "a <eos!> b <x> <y>  <z><w> <u>"
     ids = await loaded.encode(text, tokens_max=99)
     assert list(ids) == reference(text).input_ids
     assert loaded.token_bytes.join(ids).decode() == reference.decode(ids, skip_special_tokens=True)
+    assert read_tokenizer_files(folder).names == reference.special_tokens_map
+    loaded.close()
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_added_tokens_are_shown_as_the_tokenizer_shows_them(
+    kind: str, normalized: bool, special: bool, tmp_path: Path
+) -> None:
+    """A normaliser changes those that are normalised: SentencePiece's puts a space before them."""
+    tokenizer = Tokenizer.from_str(TOKENIZERS[kind].to_str())
+    tokenizer.add_tokens([AddedToken("<new>", normalized=normalized, special=special)])
+    folder, new = write(tmp_path, tokenizer, {}), tokenizer.token_to_id("<new>")
+    reference, loaded = reference_of(folder), load(folder)
+    for ids in ([new], [new, 5, new], [290, new, 291]):
+        for skips in (True, False):
+            text = Detokenizer(loaded.names(with_special=not skips).text)
+            shown = text.feed(ids) + text.flush()
+            assert shown == reference.decode(ids, skip_special_tokens=skips)
     loaded.close()
 
 
@@ -239,8 +284,34 @@ async def test_each_token_begins_where_the_one_before_it_ended(
     loaded.close()
 
 
-@pytest.mark.parametrize("declared", [{"x": {"content": "y"}}, {"1": {"contents": "y"}}, ["y"]])
+@pytest.mark.parametrize(
+    "declared", [{"x": {"content": "y"}}, {"1": {"contents": "y"}}, {"1": "y"}, ["y"]]
+)
 def test_malformed_added_tokens_are_a_checkpoint_error(tmp_path: Path, declared: Any) -> None:
     folder = write(tmp_path, TOKENIZERS["byte-level"], {"added_tokens_decoder": declared})
     with pytest.raises(CheckpointError, match="added tokens"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"eos_token": ["<|end|>"]},
+        {"eos_token": 1},
+        {"extra_special_tokens": [1]},
+        {"extra_special_tokens": {"image_token": None}},
+    ],
+)
+def test_what_is_no_token_is_a_checkpoint_error(tmp_path: Path, config: dict[str, Any]) -> None:
+    """As text, `1` would be a token, and each 1 in a prompt."""
+    folder = write(tmp_path, TOKENIZERS["byte-level"], config)
+    with pytest.raises(CheckpointError, match=next(iter(config)) + "|image_token"):
+        load(folder)
+
+
+def test_clean_up_of_spaces_is_refused_where_it_would_change_texts(tmp_path: Path) -> None:
+    flag = "clean_up_tokenization_spaces"
+    load(write(tmp_path, TOKENIZERS["byte-level"], {flag: True})).close()
+    both = {flag: True, f"{flag}_for_bpe_even_though_it_will_corrupt_output": True}
+    with pytest.raises(CheckpointError, match="even_though"):
+        load(write(tmp_path, TOKENIZERS["byte-level"], both))

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from gpu_worker.checkpoint.mla_shape import read_mla_shape
 from gpu_worker.checkpoint.rope import read_rope
 from gpu_worker.cpu.registry import family_class
 from gpu_worker.model_tools.seeded_configs import SEEDED_CONFIGS
@@ -36,6 +37,10 @@ DERIVED = {
     "Qwen3MoeForCausalLM": {"sliding_window"},
 }
 """Replaced by another key, read only with one that is refused, or demanded of each model."""
+
+
+NULL_OF_NO_USE = {"v_head_dim", "num_experts_per_tok", "first_k_dense_replace"}
+"""Which transformers' class takes as null, and its model then cannot be built."""
 
 
 def config_class(architecture: str) -> Any:
@@ -69,6 +74,10 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "theta in both": {"rope_theta": 7e5, "rope_scaling": {"rope_theta": 5e5, "type": "default"}},
     "scaling of null": {"rope_scaling": None, "rope_theta": 5e5},
     "empty parameters": {"rope_parameters": {}},
+    "parameters of null": {"rope_parameters": None},
+    "empty scaling": {"rope_scaling": {}},
+    "empty scaling beside parameters": {"rope_scaling": {}, "rope_parameters": {"rope_theta": 3e4}},
+    "theta of null beside another": {"rope_theta": None, "rope_parameters": {"rope_theta": 3e4}},
     "yarn": {"rope_scaling": YARN},
     "yarn by its older name": {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 5e5},
     "yarn with both names": {"rope_scaling": YARN | {"type": "linear"}},
@@ -145,6 +154,20 @@ def open_family(folder: Path) -> None:
         ("gpt_oss", {"layer_types": ["full_attention"]}, "each layer"),
         ("deepseek_v32", {"layer_types": ["full_attention"] * 3}, "full_attention"),
         ("deepseek_v3", {"num_key_value_heads": 1}, "num_key_value_heads"),
+        ("deepseek_v3", {"topk_group": 0}, "topk_group"),
+        ("glm4_moe", {"n_group": 0}, "n_group"),
+        ("deepseek_v32", {"mlp_layer_types": ["sparse"]}, "mlp_layer_types"),
+        ("olmoe", {"clip_qkv": 0.0}, "clip_qkv=0.0"),
+        ("mixtral", {"sliding_window": -1}, "sliding_window=-1"),
+        ("gpt_oss", {"swiglu_limit": 3.0}, "swiglu_limit=3.0"),
+        ("qwen3", {"rms_norm_eps": None}, "rms_norm_eps=null"),
+        ("qwen3", {"rope_parameters": None, "rope_theta": None}, "malformed"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act"),
+        ("qwen3_moe", {"norm_topk_prob": "false"}, "norm_topk_prob='false'"),
+        ("qwen3_moe", {"tie_word_embeddings": 0}, "tie_word_embeddings=0"),
+        ("qwen3_moe", {"num_experts_per_tok": True}, "num_experts_per_tok=True"),
+        ("qwen3_moe", {"is_causal": False}, "is_causal=False"),
+        ("deepseek_v2", {"is_causal": None}, "is_causal=None"),
         ("olmoe", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         ("mixtral", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
         ("glm4_moe", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
@@ -156,6 +179,25 @@ def test_what_changes_the_arithmetic_and_is_not_understood_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(SEEDED_CONFIGS[family] | change))
     with pytest.raises(CheckpointError, match=said):
         open_family(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32"])
+def test_only_families_with_the_key_leave_rotated_pairs_apart(tmp_path: Path, family: str) -> None:
+    """transformers' V2 and V3.2 do not read it."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(SEEDED_CONFIGS[family] | {"rope_interleave": False})
+    )
+    spec = read_model_spec(tmp_path)
+    shape = read_mla_shape(spec, has_indexer=family == "deepseek_v32")
+    assert shape.interleaved is (family != "deepseek_v3")
+
+
+def test_what_transformers_lets_be_null_may_be_null() -> None:
+    for architecture, defaults in CONFIG_DEFAULTS.items():
+        fields = dataclasses.fields(config_class(architecture))
+        for name in (field.name for field in fields if "None" in str(field.type)):
+            if name in defaults and name not in NULL_OF_NO_USE:
+                complete_config(architecture, {name: None})
 
 
 def test_names_for_one_value_replace_each_others_defaults() -> None:

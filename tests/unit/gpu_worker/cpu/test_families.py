@@ -55,6 +55,11 @@ def expected(folder: Path) -> NDArray[np.float32]:
     return logits_TV
 
 
+def open_family(folder: Path) -> None:
+    spec = read_model_spec(folder)
+    family_class(spec.architecture)(spec)
+
+
 def difference(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max())
@@ -149,9 +154,8 @@ def test_a_config_that_asks_for_more_is_refused(
     folder = save_checkpoint(tmp_path, family)
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
-    spec = read_model_spec(folder)
     with pytest.raises(CheckpointError, match=complaint):
-        family_class(spec.architecture)(spec)
+        open_family(folder)
 
 
 def test_sparse_attention_is_dense_where_it_chooses_all(tmp_path: Path) -> None:
