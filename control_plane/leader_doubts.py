@@ -12,8 +12,8 @@ def lost_leader(state: ClusterState) -> int | None:
     whoever holds it. Members that somebody suspects cannot: those of a lost host do not say that
     its control plane is lost, too. None if there is no leader, or not enough members doubt it."""
     leader, expert_map = state.leader, state.expert_map
-    if leader is None or expert_map is None:
-        return None
+    if not state.leader_doubts or leader is None or expert_map is None:
+        return None  # at once, in peace: this is asked after every event
     revision = state.revision_of(state.keys.leader)
     suspected = {suspicion.member for suspicion in state.suspicions.values()}
     voters = [
