@@ -13,12 +13,8 @@ import structlog
 from gpu_worker.engine.engine_client import EngineClient
 from gpu_worker.engine.mailbox import Suspect
 from gpu_worker.membership.announcements import Announcements
-from gpu_worker.membership.leader_watch import LOOK_S as LEADER_LOOK_S
-from gpu_worker.membership.leader_watch import LeaderWatch
+from gpu_worker.membership.doubt_reporter import DoubtReporter, Surroundings
 from gpu_worker.membership.link_keeper import DataEndpoint, LinkKeeper
-from gpu_worker.membership.peer_echoes import LOOK_S as ECHOES_LOOK_S
-from gpu_worker.membership.peer_echoes import PeerEchoes
-from gpu_worker.membership.peer_suspicions import LOOK_S, PeerSuspicions
 from gpu_worker.membership.rank_membership import (
     AdoptMap,
     AnnounceMap,
@@ -43,17 +39,15 @@ from shared.handshake import Access
 from shared.keys import Keys
 from shared.leased_keys import LeasedKeys
 from shared.records import (
-    LeaderDoubt,
     RankRecord,
     SlotContents,
-    Suspicion,
     Verdict,
     unpack_map,
     unpack_rank,
 )
 from shared.store import Store, WatchEvent
-from shared.types import Accuser, Epoch, Member, Operation, Step, SuspicionReason
-from shared.wire import GraphBarrierUpdate, Ping, UnheardPeer
+from shared.types import Epoch, Member, Operation, Step, SuspicionReason
+from shared.wire import GraphBarrierUpdate
 
 log = structlog.get_logger()
 
@@ -112,11 +106,15 @@ class MembershipDriver:
         self._leave = leave
         self._tasks = tasks
         self._is_registered = False  # etcd holds the own record, as far as the watch has shown
-        self._suspicions = PeerSuspicions()
-        self._echoes = PeerEchoes(clock.now())
-        self._asking = asyncio.Event()
-        self._leader_watch = LeaderWatch(clock.now())
-        self._unheard_leader: str | None = None  # as etcd holds it
+        surroundings = Surroundings(
+            waits=engine.waits,
+            others=lambda: self._other_members,
+            linked=lambda: membership.record.links,
+            send=lambda message, peers: self._links.send(message, peers),
+        )
+        self.doubts = DoubtReporter(
+            membership.record.member, surroundings, keys=keys, clock=clock, leased=leased
+        )
         self._links = LinkKeeper(
             member=membership.record.member,
             access=access,
@@ -124,7 +122,7 @@ class MembershipDriver:
             contact=self._announce_contact,
             opened=self._on_link_opened,
             broken=self._on_link_broken,
-            answered=self._on_answered,
+            answered=self.doubts.on_answered,
             tasks=tasks,
         )
 
@@ -135,9 +133,7 @@ class MembershipDriver:
         self._tasks.create_task(self._keep_lease())
         self._tasks.create_task(self._watch())
         self._tasks.create_task(self._sweep())
-        self._tasks.create_task(self._withdraw_suspicions())
-        self._tasks.create_task(self._watch_echoes())
-        self._tasks.create_task(self._watch_leader())
+        self.doubts.start(self._tasks)
 
     def knows(self, member: Member) -> bool:
         """Whether it is registered, or in the newest map."""
@@ -154,18 +150,6 @@ class MembershipDriver:
         expert_map = unpack_map(packed)
         log.info("map_offered", epoch=expert_map.epoch, cause=expert_map.cause)
         self._perform(self._membership.on_map(expert_map))
-
-    def unheard(self) -> tuple[UnheardPeer, ...]:
-        """The peers that it waits for, and that do not answer its questions."""
-        return self._echoes.unheard(self._clock.now())
-
-    def on_control_plane_ping(self, name: str) -> None:
-        self._leader_watch.on_ping(name, self._clock.now())
-        self._tell_of_leader()
-
-    def on_control_plane_gone(self, name: str) -> None:
-        self._leader_watch.on_closed(name)
-        self._tell_of_leader()
 
     def ask_to_leave(self) -> bool:
         """Asks to be drained. False if no other rank could take over."""
@@ -195,11 +179,11 @@ class MembershipDriver:
         """Ignored if no peer of this rank is in the engine's map any more."""
         peer = next((m for m in self._other_members if m.rank == suspect.rank), None)
         if peer is not None:
-            self._suspect(peer, suspect.reason, suspect.epoch, suspect.step, suspect.detail)
+            self.doubts.suspect(peer, suspect.reason, suspect.epoch, suspect.step, suspect.detail)
             if suspect.reason is SuspicionReason.LINK:
                 self._links.recheck(peer)
             elif suspect.reason is SuspicionReason.EXCHANGE:
-                self._ask([peer])
+                self.doubts.ask([peer])
 
     def send_wake(self, epoch: Epoch, step: Step) -> None:
         """Tells all other members that this step has work, also those that a newer map has not."""
@@ -229,67 +213,6 @@ class MembershipDriver:
             await asyncio.sleep(SWEEP_S)
             self._endpoint.sweep()
 
-    async def _withdraw_suspicions(self) -> None:
-        """Deletes a suspicion once the peer has answered again. Never returns."""
-        while True:
-            await asyncio.sleep(LOOK_S)
-            if not self._suspicions.peers:
-                continue
-            at_step, waiting_for = self._engine.waits()
-            self._ask([m for m in self._suspicions.peers if m.rank in waiting_for])
-            withdrawn = self._suspicions.on_look(
-                self._clock.now(),
-                at_step=at_step,
-                waiting_for=[m for m in self._other_members if m.rank in waiting_for],
-                linked=self._membership.record.links,
-            )
-            for peer in withdrawn:
-                log.info("suspicion_withdrawn", peer=str(peer))
-                self._leased.delete(self._own_suspicion_key(peer), urgent=False)
-
-    def _ask(self, peers: Iterable[Member]) -> None:
-        """Those of them to which a link is open, whether they hear this rank."""
-        linked = set(self._membership.record.links)
-        asked = self._echoes.ask([m for m in peers if m in linked], self._clock.now())
-        if asked:
-            self._links.send(Ping(nonce=0), asked)
-            self._asking.set()
-
-    async def _watch_echoes(self) -> None:
-        """Never returns."""
-        while True:
-            await self._asking.wait()
-            await asyncio.sleep(ECHOES_LOOK_S)
-            unheard = self._echoes.on_look(self._clock.now())
-            self._links.send(Ping(nonce=0), unheard)
-            if not self._echoes.is_waiting:
-                self._asking.clear()
-
-    async def _watch_leader(self) -> None:
-        """Never returns."""
-        while True:
-            await asyncio.sleep(LEADER_LOOK_S)
-            self._leader_watch.on_look(self._clock.now())
-            self._tell_of_leader()
-
-    def _tell_of_leader(self) -> None:
-        """Says in etcd that the leader is not heard, or no longer says so."""
-        unheard = self._leader_watch.unheard(self._clock.now())
-        if unheard == self._unheard_leader:
-            return
-        self._unheard_leader = unheard
-        me = self._membership.record.member
-        key = self._keys.leader_doubt(me.rank, me.incarnation)
-        if unheard is None:
-            self._leased.delete(key, urgent=False)
-            return
-        log.info("leader_unheard", control_plane=unheard)
-        doubt = LeaderDoubt(rank=me.rank, incarnation=me.incarnation, control_plane=unheard)
-        self._leased.put(key, pack(doubt))
-
-    def _on_answered(self, peer: Member) -> None:
-        self._echoes.on_answer(peer, self._clock.now())
-
     async def _keep_lease(self) -> None:
         """The agent's lease first, and another one after each that is lost: a stalled etcd may
         expire healthy leases, and only a verdict ends an incarnation."""
@@ -303,29 +226,8 @@ class MembershipDriver:
 
     def _on_link_broken(self, peer: Member, detail: str) -> None:
         self._engine.on_link_broken(peer)
-        self._echoes.forget(peer)
+        self.doubts.on_link_broken(peer)
         self._perform(self._membership.on_link_broken(peer, detail))
-
-    def _suspect(
-        self, peer: Member, reason: SuspicionReason, epoch: Epoch, step: Step, detail: str
-    ) -> None:
-        """Publishes a suspicion, unless the same was published a moment ago."""
-        now = self._clock.now()
-        if not self._suspicions.on_suspected(peer, reason, now):
-            return
-        log.info("peer_suspected", peer=str(peer), reason=reason.value, epoch=epoch, detail=detail)
-        me = self._membership.record.member
-        suspicion = Suspicion(
-            rank=peer.rank,
-            incarnation=peer.incarnation,
-            by=f"rank-{me}",
-            reason=reason,
-            epoch=epoch,
-            step=step,
-            raised_at=now,
-            detail=detail,
-        )
-        self._leased.put(self._own_suspicion_key(peer), pack(suspicion))
 
     def _perform(self, actions: list[MembershipAction]) -> None:
         for action in actions:
@@ -342,9 +244,7 @@ class MembershipDriver:
                 self._engine.on_link_closed(peer)
                 if self._replication is not None:
                     self._replication.close(peer)
-                self._suspicions.forget(peer)
-                self._echoes.forget(peer)
-                self._leased.delete(self._own_suspicion_key(peer), urgent=False)
+                self.doubts.forget(peer)
             case LoadSlots(wanted=wanted):
                 self._tasks.create_task(self._load(wanted))
             case HoldEngine(epoch=epoch):
@@ -366,7 +266,7 @@ class MembershipDriver:
             case SuspectPeer(peer=peer, reason=reason, detail=detail):
                 newest = self._membership.expert_map
                 epoch = newest.epoch if newest else Epoch(0)
-                self._suspect(peer, reason, epoch, Step(0), detail)
+                self.doubts.suspect(peer, reason, epoch, Step(0), detail)
             case Leave(reason=reason):
                 self._leave(reason)
 
@@ -403,10 +303,6 @@ class MembershipDriver:
     def _own_key(self) -> str:
         me = self._membership.record.member
         return self._keys.rank(me.rank, me.incarnation)
-
-    def _own_suspicion_key(self, peer: Member) -> str:
-        by = f"rank-{self._membership.record.member}"
-        return self._keys.suspicion(peer.rank, peer.incarnation, Accuser.RANK, by)
 
     def _on_event(self, event: WatchEvent) -> None:
         if event.key == self._own_key:
