@@ -224,9 +224,12 @@ class StateApplier:
             changes += self._apply(update, event)
         running = self.state.expert_map
         is_restored = isinstance(item, Snapshot) and item.restored
-        if running is not None and (is_restored or not self.state.is_map_stored):
+        if running is not None:
             stored = update.result().expert_map
-            if stored is None or stored.epoch < running.epoch:
+            may_lack_it = is_restored or not self.state.is_map_stored
+            if (stored is None and may_lack_it) or (
+                stored is not None and stored.epoch < running.epoch
+            ):
                 update.keep_map(running)
                 changes = [change for change in changes if not isinstance(change, MapPut)]
         self.state = update.result()

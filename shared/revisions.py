@@ -5,6 +5,11 @@ outcome, the results of own transactions. They arrive in any order. etcd gives e
 revision that only grows, so a change is news if and only if its revision is above that of the last
 change of the same key. That holds for deletions, too: a key that is gone keeps the revision at
 which it went, so that a read that etcd answered earlier does not bring it back.
+
+A read at revision r that shows a key as it was before a change which is known and not above r
+proves that etcd has lost that change. An etcd of one node, before 3.5.5, tells of a change before
+its disk has it; if it ends in that moment, it counts on from before, and other changes get that
+revision. So a read then has the last word on that key.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ class Revisions:
             return [item] if self._admit_event(item) else []
         if item.restored:
             return self._replace_all(item)
+        self._forget_lost(item)
         news = [
             WatchEvent(
                 key=kv.key, value=kv.value, mod_revision=kv.mod_revision, lease_id=kv.lease_id
@@ -60,6 +66,12 @@ class Revisions:
         self._deleted[key] = revision
         self._prune(revision)
         return was_live
+
+    def _forget_lost(self, snapshot: Snapshot) -> None:
+        for kv in snapshot.values:
+            for known in (self._live, self._deleted):
+                if kv.mod_revision < known.get(kv.key, 0) <= snapshot.revision:
+                    del known[kv.key]
 
     def _replace_all(self, snapshot: Snapshot) -> list[WatchEvent]:
         """etcd lost its data and restarted its count: revisions before and after do not compare."""

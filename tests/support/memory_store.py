@@ -16,6 +16,8 @@ from shared.errors import LeaseLost, StoreError, StoreUnavailable, TxnConflict
 from shared.store import Compare, Delete, KeyValue, Put, Snapshot, WatchEvent
 from shared.watch_position import WatchPosition
 
+_UNDO_MAX = 4096
+
 
 class _CompactedError(Exception):
     """The history that a watch asks for is gone."""
@@ -41,6 +43,7 @@ class MemoryEtcd:
         self._watches: list[_MemoryWatch] = []
         self._history: list[WatchEvent] = []
         self._compacted_revision = 0
+        self._undo: deque[tuple[int, str, KeyValue | None]] = deque(maxlen=_UNDO_MAX)
         self.disk_full = False
         """etcd refuses puts and new leases; deletions and renewals go on."""
 
@@ -72,6 +75,19 @@ class MemoryEtcd:
             if event.mod_revision > self._compacted_revision
             or (event.mod_revision == self._compacted_revision and event.value is not None)
         ]
+
+    def lose_tail(self, revision: int) -> None:
+        """etcd ends and starts again without its changes after `revision`, though it had told of
+        them: one of one node may, before 3.5.5. They are among the last `_UNDO_MAX`."""
+        while self._undo and self._undo[-1][0] > revision:
+            _, key, before = self._undo.pop()
+            if before is None:
+                self.values.pop(key, None)
+            else:
+                self.values[key] = before
+        self._history = [event for event in self._history if event.mod_revision <= revision]
+        self.revision = min(self.revision, revision)
+        self.restart()
 
     def lose_data(self) -> None:
         """etcd starts again with an empty disk."""
@@ -170,6 +186,7 @@ class MemoryEtcd:
 
     def _change(self, operation: Put | Delete) -> WatchEvent:
         key = operation.key
+        self._undo.append((self.revision, key, self.values.get(key)))
         if isinstance(operation, Delete):
             del self.values[key]
             return WatchEvent(key=key, value=None, mod_revision=self.revision)

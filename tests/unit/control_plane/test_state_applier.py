@@ -192,6 +192,24 @@ def test_the_map_that_ranks_run_stays_known_when_etcd_has_lost_it(cluster: State
     assert cluster.state.is_map_stored
 
 
+def test_a_map_that_etcd_had_told_of_and_never_kept_is_known_as_one_to_publish_again(
+    cluster: StateApplier,
+) -> None:
+    """By the read after a write that fails, since its revision is not etcd's."""
+    older, running = expert_map(5), expert_map(7)
+    cluster.apply(put_map(older, 10))
+    cluster.apply(put_map(running, 12))
+    found = KeyValue(
+        key=KEYS.map, value=pack_map(older), create_revision=2, mod_revision=10, lease_id=0
+    )
+    assert cluster.apply(Snapshot(revision=11, values=(found,))) == []
+    assert (cluster.state.is_map_stored, cluster.state.revision_of(KEYS.map)) == (True, 12)
+    assert cluster.apply(Snapshot(revision=13, values=(found,))) == []
+    assert cluster.state.expert_map is not None
+    assert cluster.state.expert_map.epoch == 7
+    assert (cluster.state.is_map_stored, cluster.state.revision_of(KEYS.map)) == (False, 10)
+
+
 def test_a_read_that_etcd_answered_before_the_leader_went_does_not_bring_it_back(
     cluster: StateApplier,
 ) -> None:

@@ -105,3 +105,19 @@ def test_stale_reads_anywhere_in_a_watch_change_nothing(data: st.DataObject) -> 
                 else:
                     seen[event.key] = event.mod_revision
         assert seen == history[revision]
+
+
+def test_a_read_that_lacks_a_known_change_at_its_own_revision_proves_it_lost() -> None:
+    """The change was told, and etcd had it not on its disk when it ended. Its revision went to
+    another one, so the count is beyond it again."""
+    revisions = Revisions()
+    revisions.admit(snapshot(10, ("a", 7), ("b", 8)))
+    revisions.admit(put("a", 11))
+    revisions.admit(delete("b", 12))
+    assert revisions.admit(snapshot(10, ("a", 7), ("b", 8))) == [], "it was answered before"
+    assert revisions.admit(snapshot(15, ("a", 7), ("b", 8), ("c", 15))) == [
+        put("a", 7),
+        put("b", 8),
+        put("c", 15),
+    ]
+    assert (revisions.of("a"), revisions.of("b")) == (7, 8)
