@@ -43,7 +43,6 @@ have been admitted by all.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -66,15 +65,15 @@ from control_plane.planned_change import DrainPolicy, PlannedChange
 from control_plane.plans import emptied_for, plan_join, plan_leave, plan_shrink
 from control_plane.rebalancer import RebalancePolicy, Rebalancer
 from control_plane.residency import Residency
+from control_plane.stale_keys import delete_stale_keys
 from control_plane.write_builder import WriteBuilder
-from control_plane.writes import Assign, Decision, DeleteKeys, PlanHeal, Write
+from control_plane.writes import Assign, Decision, PlanHeal, Write
 from shared.expert_map import ExpertMap, Placement
 from shared.records import Verdict
 from shared.types import Epoch, Member
 from shared.wire import Pong
 
 _NO_EPOCH = Epoch(0)
-_DELETED_KEYS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +208,7 @@ class Membership:
                 self._writes.declare_dead(residency, members)
                 or self._form(residency, [], now)
                 or self._planned_change.next_desired(state, unix_now, is_whole=False)
-                or self._delete_stale_keys(state, members)
+                or delete_stale_keys(state, members)
             )
         if len(survivors) < len(members):
             return self._remove_dead(residency, expert_map, survivors, now)
@@ -237,7 +236,7 @@ class Membership:
                 and state.desired.restart is not None
                 and self._is_whole(residency, expert_map, newcomers),
             )
-            or self._delete_stale_keys(state, members)
+            or delete_stale_keys(state, members)
         )
 
     # Forming.
@@ -389,19 +388,6 @@ class Membership:
         epoch = self._writes.next_epoch(residency.state)
         assignments = residency.assignments(wanted, epoch=epoch)
         return self._writes.publish(residency, emptied, cause, now, assignments)
-
-    def _delete_stale_keys(self, state: ClusterState, members: Iterable[Member]) -> Write | None:
-        current_members = {*members, *state.records}
-        gone = (
-            state.keys.assignment(m.rank, m.incarnation)
-            for m in state.assignments
-            if m not in current_members
-        )
-        stale_suspicions = (
-            k for k, s in state.suspicions.items() if s.member not in current_members
-        )
-        keys = tuple(itertools.islice(itertools.chain(gone, stale_suspicions), _DELETED_KEYS_MAX))
-        return DeleteKeys(keys=keys) if keys else None
 
     # What is known.
 

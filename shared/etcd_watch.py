@@ -13,6 +13,8 @@ thread reads the prefix again and delivers a new Snapshot. `watch_position` deci
     snapshot  | error               | snapshot, after a jittered backoff
     watching  | events              | watching; deliver, remember revision
     watching  | compacted, or older | snapshot
+    watching  | etcd lost what it   | snapshot
+              | had told            |
     watching  | error, stream ended | watching, after a jittered backoff
     watching  | etcd refuses us     | the same, with a new token and a longer wait each time
     any       | stop()              | end
@@ -166,8 +168,10 @@ class EtcdWatch:
                 self._on_refusal(response.cancel_reason)
                 break
             self._refusals = 0
-            if news := position.on_events(_event(e) for e in response.events):
+            if news := position.on_events([_event(e) for e in response.events]):
                 self._handover.offer(list(news), self._stopped)
+            if position.revision is None:
+                return
         self._stopped.wait(random.uniform(*_BACKOFF_S))
 
     def _on_refusal(self, reason: str) -> None:

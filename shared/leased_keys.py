@@ -62,6 +62,11 @@ class LeasedKeys:
         if self._values.pop(key, None) is not None:
             self._mark(key, urgent)
 
+    def rewrite(self) -> None:
+        """etcd may have lost what it had taken, though it still has the lease."""
+        for key in self._values:
+            self._mark(key, urgent=True)
+
     async def run(self) -> None:
         """Takes a lease. Whenever it is lost, takes another and writes everything again. Never
         returns."""
@@ -71,8 +76,7 @@ class LeasedKeys:
             while True:
                 await self.keep_alive()
                 await self.renew()
-                for key in self._values:
-                    self._mark(key, True)
+                self.rewrite()
 
     async def write(self) -> None:
         """Writes what was put or deleted, oldest first, under the present lease. Never returns."""

@@ -202,11 +202,15 @@ class MembershipDriver:
 
     async def _watch(self) -> None:
         """Follows the keys under `serving/`. Never returns."""
+        is_first = True
         async for seen in changes(self._store, self._keys.serving):
             for event in seen.events:
                 self._on_event(event)
+            if seen.synced and not is_first:
+                self._leased.rewrite()
             if seen.synced and not self._is_registered:
                 self._leased.recheck_lease()
+            is_first = False
 
     async def _sweep(self) -> None:
         while True:

@@ -10,9 +10,6 @@ from collections.abc import Awaitable, Callable
 from tests.sim.cluster import ETCD, SimCluster
 from tests.support.memory_store import MemoryStore
 
-LOSES_TAIL_FROM = 100
-"""Seeds below have had their faults drawn without this one."""
-
 
 class EtcdFaults:
     """`done` says what and when. If `harmless`, no rank is touched."""
@@ -32,8 +29,6 @@ class EtcdFaults:
             self._stale_reread,
             self._fill_disk,
         ]
-        if self._cluster.seed >= LOSES_TAIL_FROM and not self._harmless:
-            faults.append(self._lose_the_newest_map)
         num_faults = self._rng.randint(1, 3)
         times = sorted(self._rng.uniform(0.0, self._within_s) for _ in range(num_faults))
         now = 0.0
@@ -113,29 +108,6 @@ class EtcdFaults:
         self._cluster.etcd.disk_full = False
         for store in stores:
             store.read_reply_s = 0.0
-
-    async def _lose_the_newest_map(self) -> None:
-        """etcd publishes a map, ends, and has never had it: all have seen a revision that other
-        changes get before control planes are back."""
-        cluster = self._cluster
-        rank, before = self._rng.randrange(cluster.sizes.num_ranks), cluster.map_revision()
-        self._log_fault(f"kill rank {rank}, and lose the map that follows")
-        cluster.kill_rank(rank)
-        for _ in range(1000):
-            if cluster.map_revision() not in (0, before):
-                break
-            await asyncio.sleep(0.005)
-        await asyncio.sleep(self._rng.uniform(0.0, 0.02))
-        lost = cluster.map_revision()
-        if lost in (0, before):
-            return
-        hosts = [host for host in cluster.hosts() if host != ETCD]
-        await self._cut_off(hosts, self._rng.uniform(0.0, 0.5))
-        cluster.etcd.lose_tail(lost - 1)
-        first, planes = set(hosts) - set(self._plane_hosts()), self._plane_hosts()
-        self._reconnect(sorted(first))
-        await asyncio.sleep(self._rng.uniform(0.0, 0.3))
-        self._reconnect(planes)
 
     async def _fill_disk(self) -> None:
         seconds = self._rng.choice([0.5, 3.0, 8.0])

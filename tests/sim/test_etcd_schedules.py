@@ -69,5 +69,8 @@ def test_a_watch_that_goes_on_after_what_it_knows_is_noticed(
     def after(self: WatchPosition) -> int | None:
         return None if self._revision is None else self._revision + 1
 
+    never = property(lambda self: False, lambda self, value: None)
     monkeypatch.setattr(WatchPosition, "revision", property(after))
+    # Whoever wants to see again what it knows would notice it at once, and read all anew.
+    monkeypatch.setattr(WatchPosition, "_awaits_last", never, raising=False)
     assert is_noticed(10, 45, run=run_etcd_schedule)

@@ -9,6 +9,7 @@ import pytest
 
 from shared.revisions import Revisions
 from shared.store import Put
+from shared.watch_position import WatchPosition
 from tests.sim.cluster import SimCluster, SimClusterSizes
 from tests.sim.schedules import ETCD, check_sessions, run_scenario
 from tests.sim.sim_card import CardSizes
@@ -61,6 +62,7 @@ def test_whoever_believes_in_revisions_that_etcd_has_lost_writes_nothing_any_mor
 ) -> None:
     """The planted bug: the test above would notice."""
     monkeypatch.setattr(Revisions, "_forget_lost", lambda self, snapshot: None)
+    monkeypatch.setattr(WatchPosition, "_forget", lambda self: None)
 
     async def scenario(cluster: SimCluster) -> None:
         await lose_the_map_of_a_death(cluster)
