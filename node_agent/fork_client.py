@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,8 +96,9 @@ class ForkClient:
             try:
                 reply = await self._ask(request)
             except (OSError, TimeoutError, WireError) as error:
-                self._fail(f"the fork server failed: {error}")
-                raise OSError(f"the fork server failed: {error}") from error
+                detail = f"the fork server failed: {error}"
+                self._fail(detail)
+                raise OSError(detail) from error
         if reply.error:
             raise ForkUnavailable(reply.error)
         self._failures = 0
@@ -156,11 +157,12 @@ class ForkClient:
         if self._is_ready:
             return
         try:
-            async with asyncio.timeout(_PREPARE_TIMEOUT_S):
+            async with _answer_within(_PREPARE_TIMEOUT_S):
                 await self._receive_ready()
         except (OSError, TimeoutError, WireError) as error:
-            self._fail(f"the fork server does not start: {error}")
-            raise ForkUnavailable(f"the fork server does not start: {error}") from error
+            detail = f"the fork server does not start: {error}"
+            self._fail(detail)
+            raise ForkUnavailable(detail) from error
         self._is_ready = True
 
     async def _receive_ready(self) -> None:
@@ -170,7 +172,7 @@ class ForkClient:
 
     async def _ask(self, request: ForkRequest) -> ForkReply:
         assert self._channel is not None
-        async with asyncio.timeout(_FORK_TIMEOUT_S):
+        async with _answer_within(_FORK_TIMEOUT_S):
             await asyncio.get_running_loop().sock_sendall(self._channel, pack(request))
             return unpack(await self._receive(), ForkReply)
 
@@ -219,6 +221,16 @@ class ForkClient:
         if self._channel is not None:
             self._channel.close()
         self._server, self._channel, self._is_ready = None, None, False
+
+
+@contextlib.asynccontextmanager
+async def _answer_within(seconds: float) -> AsyncIterator[None]:
+    """Raises TimeoutError, which says for how long there was none."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"no answer within {seconds:g} s") from error
 
 
 def become_subreaper() -> None:

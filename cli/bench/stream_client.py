@@ -180,7 +180,8 @@ async def served_name(http: aiohttp.ClientSession, url: str) -> str:
                 raise Unavailable(f"{url} asks for an API key: pass a right one in {VARIABLE}")
             return str((await response.json())["data"][0]["id"])
     except (aiohttp.ClientError, TimeoutError, LookupError, ValueError) as error:
-        raise Unavailable(f"no gateway answers at {url}: {error}; check --url") from error
+        detail = str(error) or type(error).__name__
+        raise Unavailable(f"no gateway answers at {url}: {detail}; check --url") from error
 
 
 def random_prompts(seed: int, count: int, num_tokens: int) -> list[list[int]]:

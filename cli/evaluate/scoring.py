@@ -92,7 +92,8 @@ class Scorer:
                     message = answer.get("error", {}).get("message", "no reason given")
                     raise Unavailable(f"the server cannot score: {message}")
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise Unavailable(f"the gateway at {self._url} failed: {error}") from error
+            detail = str(error) or type(error).__name__
+            raise Unavailable(f"the gateway at {self._url} failed: {detail}") from error
         return -math.fsum(_logprobs(answer, document))
 
 
