@@ -32,6 +32,7 @@ from gpu_worker.rank import Hardware, KvReplication, RankParts
 from gpu_worker.rejoin import RejoiningRank
 from gpu_worker.startup_timer import StartupTimer
 from gpu_worker.step_sizes import tokens_max_of_exchange, with_step_sizes
+from shared.accept_errors import log_failed_accepts_once
 from shared.clock import Clock, SystemClock
 from shared.codec import unpack
 from shared.config import add_flags, load_config
@@ -81,6 +82,7 @@ def main() -> None:
 
 async def run_rank(config: RankConfig) -> NoReturn:
     """Ends the process. Raises StarfishError, OSError, and whatever the engine raised."""
+    log_failed_accepts_once(asyncio.get_running_loop())
     if not config.public_data_host:
         require_internal(config.data_host)
     clock, keys = SystemClock(), Keys(config.instance)

@@ -245,7 +245,7 @@ class _MemoryWatch:
         events = [item]
         while self.items and _revision_of(self.items[0]) == item.mod_revision:
             events.append(self.items.popleft())  # type: ignore[arg-type]
-        news = list(self.position.on_events(events))
+        news: list[Snapshot | WatchEvent] = list(self.position.on_events(events))
         if self.position.revision is None:
             self.break_stream()
         return news
