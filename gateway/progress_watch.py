@@ -26,7 +26,8 @@ class ProgressWatch:
 
     def __init__(self) -> None:
         self._ranks: dict[Member, _Progress] = {}
-        self._asked_at: dict[Member, tuple[Epoch, Step]] = {}  # the newest step of any rank then
+        # Of those that do not answer: where each other rank was when it first said so since then.
+        self._silent: dict[Member, dict[Member, tuple[Epoch, Step]]] = {}
 
     def on_report(self, member: Member, epoch: Epoch, step: Step, load: Load, now: float) -> None:
         """A rank's tokens or its answer to a probe have come."""
@@ -35,32 +36,38 @@ class ProgressWatch:
             self._ranks[member] = _Progress(epoch, step, now)
         elif (epoch, step) != (known.epoch, known.step) or not (load.running or load.waiting):
             known.epoch, known.step, known.moved_at = epoch, step, now
+        for silent, began in self._silent.items():
+            if silent != member:
+                began.setdefault(member, (epoch, step))
 
     def forget(self, member: Member) -> None:
         self._ranks.pop(member, None)
-        self._asked_at.pop(member, None)
+        self._silent.pop(member, None)
+        for began in self._silent.values():
+            began.pop(member, None)
 
-    def on_asked(self, members: Iterable[Member]) -> None:
-        """These have no probe to answer, or since a moment, in which others have answered theirs:
-        what is known of them may have been old."""
-        newest = max(((rank.epoch, rank.step) for rank in self._ranks.values()), default=None)
-        if newest is not None:
-            self._asked_at.update(dict.fromkeys(members, newest))
+    @property
+    def has_silent(self) -> bool:
+        return bool(self._silent)
+
+    def on_silent(self, members: Iterable[Member]) -> None:
+        """These leave a probe unanswered for long enough that whoever can has answered it; all
+        others answer."""
+        self._silent = {member: self._silent.get(member, {}) for member in members}
 
     def is_left_behind(self, member: Member) -> bool:
-        """Whether others have finished several steps of one epoch since it was asked, and since
-        anything was heard of it. They could not without it: it works, and only the way from there
-        is cut. What they did between its last word and the question says nothing: it may stand
-        still since then."""
+        """Whether some other rank has finished several steps of this one's epoch, and said so at
+        both ends, since this one is silent. It could not without it: it works, and only the way
+        from there is cut. What others did before that they first tell of it now says nothing: they
+        may have been silent themselves, and this one may stand still since long."""
         known = self._ranks.get(member)
         if known is None:
             return False
-        then = known.epoch, known.step
-        epoch, step = max(then, self._asked_at.get(member, then))
-        return known.epoch == epoch and any(
-            other.epoch == epoch and other.step >= step + _STEPS_AHEAD_MIN
-            for other in self._ranks.values()
-        )
+        for other, (epoch, step) in self._silent.get(member, {}).items():
+            now = self._ranks[other]
+            if epoch == known.epoch == now.epoch and now.step >= step + _STEPS_AHEAD_MIN:
+                return True
+        return False
 
     def stands_still_since(self, member: Member, now: float, *, after_s: float) -> float | None:
         """When it last moved, if that is at least `after_s` ago and it has work; else None."""

@@ -260,15 +260,16 @@ class SessionDriver:
             self._look_around()
 
     def _probe_links(self) -> None:
-        asked: list[Member] = []
-        for link, _ in list(self._links.values()):
-            is_serving = self._table.is_on(link.member)
-            silent_s = link.probe(PROBE_SERVING_S if is_serving else PROBE_BUSY_S)
-            if silent_s < ANSWERED_S:
-                asked.append(link.member)
-            else:
-                self._on_silence(link, silent_s)
-        self._progress.on_asked(asked)
+        silent: list[tuple[RankLink, float]] = []
+        is_urgent = self._progress.has_silent
+        for link, _ in self._links.values():
+            is_soon = is_urgent or self._table.is_on(link.member)
+            silent_s = link.probe(PROBE_SERVING_S if is_soon else PROBE_BUSY_S)
+            if silent_s >= ANSWERED_S:
+                silent.append((link, silent_s))
+        self._progress.on_silent(link.member for link, _ in silent)
+        for link, silent_s in silent:
+            self._on_silence(link, silent_s)
 
     def _look_around(self) -> None:
         self._vacate_due()

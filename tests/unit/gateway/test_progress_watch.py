@@ -52,43 +52,58 @@ def test_a_rank_that_is_not_known_does_not_stand_still() -> None:
 def test_a_rank_without_which_others_step_on_is_left_behind() -> None:
     watch = ProgressWatch()
     report(watch, 7, BUSY, 0.0)
+    watch.on_silent([MEMBER])
     report(watch, 9, BUSY, 0.1, member=OTHER)
+    report(watch, 11, BUSY, 0.2, member=OTHER)
     assert not watch.is_left_behind(MEMBER)
-    report(watch, 10, BUSY, 0.2, member=OTHER)
+    watch.on_silent([MEMBER])
+    report(watch, 12, BUSY, 0.3, member=OTHER)
     assert watch.is_left_behind(MEMBER)
     assert not watch.is_left_behind(OTHER)
-    report(watch, 10, BUSY, 0.3)
+    watch.on_silent([])
+    assert not watch.is_left_behind(MEMBER)
+
+
+def test_a_rank_that_answers_is_not_left_behind() -> None:
+    watch = ProgressWatch()
+    report(watch, 7, BUSY, 0.0)
+    report(watch, 9, BUSY, 0.1, member=OTHER)
+    report(watch, 90, BUSY, 0.2, member=OTHER)
+    assert not watch.has_silent
     assert not watch.is_left_behind(MEMBER)
 
 
 def test_a_rank_of_another_epoch_is_not_left_behind() -> None:
     watch = ProgressWatch()
     report(watch, 7, BUSY, 0.0, epoch=1)
+    watch.on_silent([MEMBER])
     report(watch, 30, BUSY, 0.1, epoch=2, member=OTHER)
+    report(watch, 60, BUSY, 0.2, epoch=2, member=OTHER)
     assert not watch.is_left_behind(MEMBER)
     watch.forget(MEMBER)
     assert not watch.is_left_behind(MEMBER)
 
 
-def test_steps_from_before_the_question_tell_nothing() -> None:
-    """A rank that stands still since its last word, of which nothing was known for a while."""
+def test_what_another_first_tells_says_nothing_of_when_it_was() -> None:
+    """It was silent itself, and both stand still: it took these steps before."""
     watch = ProgressWatch()
     report(watch, 7, BUSY, 0.0)
-    watch.on_asked([MEMBER])
+    report(watch, 7, BUSY, 0.0, member=OTHER)
+    watch.on_silent([MEMBER, OTHER])
+    watch.on_silent([MEMBER])
     report(watch, 56, BUSY, 1.0, member=OTHER)
-    assert watch.is_left_behind(MEMBER), "56 may be from before or after"
-    watch.on_asked([MEMBER])
-    assert not watch.is_left_behind(MEMBER)
     report(watch, 58, BUSY, 1.2, member=OTHER)
     assert not watch.is_left_behind(MEMBER)
     report(watch, 59, BUSY, 1.3, member=OTHER)
     assert watch.is_left_behind(MEMBER)
 
 
-def test_a_question_from_before_an_epoch_tells_nothing() -> None:
+def test_another_whose_link_broke_begins_anew() -> None:
     watch = ProgressWatch()
     report(watch, 7, BUSY, 0.0)
-    report(watch, 8, BUSY, 0.0, epoch=2, member=OTHER)
-    watch.on_asked([MEMBER])
-    report(watch, 30, BUSY, 0.1, epoch=2, member=OTHER)
+    watch.on_silent([MEMBER])
+    report(watch, 9, BUSY, 0.1, member=OTHER)
+    watch.forget(OTHER)
+    assert not watch.is_left_behind(MEMBER)
+    report(watch, 90, BUSY, 0.2, member=OTHER)
     assert not watch.is_left_behind(MEMBER)
