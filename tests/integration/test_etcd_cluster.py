@@ -89,7 +89,7 @@ async def test_a_member_that_hangs_is_left(cluster: EtcdCluster, store: EtcdStor
 
 
 async def fill(store: EtcdStore) -> None:
-    for number in range(20):
+    for number in range(60):
         await store.put(f"/starfish/junk/{number}", os.urandom(500_000))
 
 

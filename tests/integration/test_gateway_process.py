@@ -235,7 +235,9 @@ async def test_sigterm_lets_a_stream_end_and_leaves_nothing_in_etcd(
         rank.hold_at = 3
         await harness.publish([rank])
         await health(harness, 200)
-        assert (await store.get_prefix(keys.gateways)).values
+        async with asyncio.timeout(20):
+            while not (await store.get_prefix(keys.gateways)).values:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
         running = asyncio.create_task(complete(harness))
         await asyncio.wait_for(rank.submitted.wait(), WAIT_S)
         process.send_signal(signal.SIGTERM)

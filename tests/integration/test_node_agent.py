@@ -194,7 +194,10 @@ async def test_a_forked_rank_is_in_every_way_like_one_that_was_executed(node: No
         )
         environment.pop("OPENBLAS_NUM_THREADS", None)
         _, parent, _, session, *_ = stat_of(pid)
-        fds = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+        fds = set()
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                fds.add(os.readlink(fd))
         files = {fd for fd in fds if fd.startswith("/")}
         return argv, [str(int(parent) == agent.pid), str(int(session) == pid)], environment, files
 
@@ -223,13 +226,16 @@ async def test_a_rank_that_is_stopped_or_continued_is_reported(node: Node, fork:
     async def is_stopped() -> bool:
         return await reported() == [(0, ProcessState.STOPPED)]
 
-    async def is_running() -> bool:
-        return await reported() == [(0, ProcessState.RUNNING)]
+    async def goes_on() -> bool:
+        """Running, or on a busy machine starved or asleep when it was looked at."""
+        return [rank for rank, state in await reported() if state is not ProcessState.STOPPED] == [
+            0
+        ]
 
     os.kill(record.pid, signal.SIGSTOP)
     await until(is_stopped)
     os.kill(record.pid, signal.SIGCONT)
-    await until(is_running)
+    await until(goes_on)
     agent.send_signal(signal.SIGTERM)
     assert await ended(agent) == 0
 
