@@ -35,9 +35,8 @@ def delete_stale_keys(state: ClusterState, members: Iterable[Member]) -> DeleteK
 
 def _beyond_newest(members: Collection[Member], number: int) -> list[Member]:
     """All but the newest so many of each rank."""
-    if len(members) <= number:
-        return []
     by_rank: dict[int, list[Member]] = defaultdict(list)
-    for member in sorted(members, reverse=True):
+    for member in members:
         by_rank[member.rank].append(member)
-    return [member for of_rank in by_rank.values() for member in of_rank[number:]]
+    too_many = (of_rank for of_rank in by_rank.values() if len(of_rank) > number)
+    return [member for of_rank in too_many for member in sorted(of_rank)[:-number]]

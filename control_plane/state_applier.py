@@ -142,6 +142,12 @@ class _Update:
         self._state = state
         self._changed: dict[str, Any] = {}
 
+    @property
+    def expert_map(self) -> ExpertMap | None:
+        """That of the next state."""
+        expert_map: ExpertMap | None = self._changed.get("expert_map", self._state.expert_map)
+        return expert_map
+
     def synced(self) -> None:
         self._changed["synced"] = True
 
@@ -225,11 +231,9 @@ class StateApplier:
         running = self.state.expert_map
         is_restored = isinstance(item, Snapshot) and item.restored
         if running is not None:
-            stored = update.result().expert_map
-            may_lack_it = is_restored or not self.state.is_map_stored
-            if (stored is None and may_lack_it) or (
-                stored is not None and stored.epoch < running.epoch
-            ):
+            stored = update.expert_map
+            is_lost = stored is None and (is_restored or not self.state.is_map_stored)
+            if is_lost or (stored is not None and stored.epoch < running.epoch):
                 update.keep_map(running)
                 changes = [change for change in changes if not isinstance(change, MapPut)]
         self.state = update.result()

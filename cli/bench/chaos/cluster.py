@@ -245,6 +245,7 @@ class ClusterPlan:
             *("--data-host", namespace.address, "--stop-grace-s", "3", "--no-pin-cpus"),
             *("--log-dir", str(self.folder / f"host-{number}")),
         )
+        # These hosts are one machine: its ranks would exchange through memory, whatever is cut.
         tail = ("--", *etcd, "--device", self.device, "--no-memory-links", *self.rank_flags)
         return Service(
             name=agent.name, argv=agent.argv, stop_timeout_s=agent.stop_timeout_s, tail=tail
