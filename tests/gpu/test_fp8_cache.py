@@ -27,7 +27,12 @@ from gpu_worker.cuda.kernels.paging import Paging
 from gpu_worker.cuda.stages.moe_stage import LocalMoe
 from gpu_worker.cuda.weights.decoder_sizes import DecoderSizes
 from gpu_worker.cuda.weights.random_weights import random_weights
-from tests.support.cuda_steps import BLOCK_TOKENS, BLOCKS_EACH, continue_alone, step
+from tests.support.cuda_steps import (
+    BLOCK_TOKENS,
+    BLOCKS_EACH,
+    continue_alone,
+    continue_in_a_crowd,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -245,19 +250,12 @@ def test_tokens_do_not_depend_on_neighbours_or_chunks(sizes: DecoderSizes) -> No
     alone, logits = continue_alone(decoder, tokens, chunk=32, more=3)
     again, other_chunks = continue_alone(decoder, tokens, chunk=7, more=3)
     assert alone == again
-    step(decoder, {1: prompt(3, 20)}, [0])
-    step(decoder, {0: tokens[:10], 1: [5], 2: prompt(4, 9)}, [0, 20, 0])
-    ids, _ = step(decoder, {0: tokens[10:]}, [10])
-    crowd, crowd_logits = [int(ids[0])], []
-    for n in range(3):
-        chunks = {0: crowd[-1:], 1: [7 + n], 2: [9 + n]}
-        ids, rows = step(decoder, chunks, [33 + n, 21 + n, 9 + n])
-        crowd.append(int(ids[0]))
-        crowd_logits.append(rows[0])
+    neighbours = prompt(3, 20), prompt(4, 9)
+    crowd, crowd_logits = continue_in_a_crowd(decoder, tokens, neighbours, more=3)
     assert crowd == alone
     if ON_CUDA:  # the interpreter multiplies with numpy, whose rounding depends on the shape
         assert torch.equal(other_chunks, logits)
-        assert torch.equal(torch.stack(crowd_logits), logits[1:])
+        assert torch.equal(crowd_logits, logits[1:])
     _, exact = continue_alone(wide, tokens, chunk=32, more=0)
     error = (logits[0].float() - exact[0].float()).norm() / exact[0].float().norm()
     assert 0.0 < float(error) < 0.1, "three bits of a mantissa round by 3 % at most"

@@ -31,7 +31,7 @@ from tests.support.cuda_steps import (  # noqa: E402
     BLOCKS_EACH,
     LoopbackExchange,
     continue_alone,
-    step,
+    continue_in_a_crowd,
 )
 
 pytestmark = pytest.mark.gpu
@@ -155,19 +155,12 @@ def test_tokens_do_not_depend_on_neighbours_or_chunks() -> None:
     alone, logits = continue_alone(decoder, tokens, chunk=32, more=2)
     again, other_chunks = continue_alone(decoder, tokens, chunk=8, more=2)
     assert alone == again
-    step(decoder, {1: prompt(3, 20)}, [0])
-    step(decoder, {0: tokens[:10], 1: [5], 2: prompt(4, 9)}, [0, 20, 0])
-    ids, _ = step(decoder, {0: tokens[10:]}, [10])
-    crowd, crowd_logits = [int(ids[0])], []
-    for n in range(2):
-        chunks = {0: crowd[-1:], 1: [7 + n], 2: [9 + n]}
-        ids, rows = step(decoder, chunks, [21 + n, 21 + n, 9 + n])
-        crowd.append(int(ids[0]))
-        crowd_logits.append(rows[0])
+    neighbours = prompt(3, 20), prompt(4, 9)
+    crowd, crowd_logits = continue_in_a_crowd(decoder, tokens, neighbours, more=2)
     assert crowd == alone
     if ON_CUDA:  # the interpreter multiplies with numpy, whose rounding depends on the shape
         assert torch.equal(other_chunks, logits)
-        assert torch.equal(torch.stack(crowd_logits), logits[1:])
+        assert torch.equal(crowd_logits, logits[1:])
 
 
 def test_an_exchange_that_pads_by_slot_gives_the_same_tokens_and_meets_no_dense_layer() -> None:

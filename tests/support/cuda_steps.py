@@ -49,6 +49,24 @@ def continue_alone(
     return new, torch.stack(all_logits)
 
 
+def continue_in_a_crowd(
+    decoder: Decoder, tokens: list[int], neighbours: tuple[list[int], list[int]], *, more: int
+) -> tuple[list[int], torch.Tensor]:
+    """The same in two chunks beside two other sequences: (new tokens, their logits but the
+    first's)."""
+    one, other = neighbours
+    step(decoder, {1: one}, [0])
+    step(decoder, {0: tokens[:10], 1: [5], 2: other}, [0, len(one), 0])
+    ids, _ = step(decoder, {0: tokens[10:]}, [10])
+    new, logits = [int(ids[0])], []
+    for n in range(more):
+        starts = [len(tokens) + n, len(one) + 1 + n, len(other) + n]
+        ids, rows = step(decoder, {0: new[-1:], 1: [7 + n], 2: [9 + n]}, starts)
+        new.append(int(ids[0]))
+        logits.append(rows[0])
+    return new, torch.stack(logits)
+
+
 class LoopbackExchange:
     """An exchange of one rank with the layout of Mooncake's EP, by plain indexing. It reads nothing
     on the host, so that graphs may capture it."""
